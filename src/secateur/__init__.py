@@ -1,0 +1,55 @@
+"""Find the attention heads and MLP neurons that carry a social bias, remove the few that matter, prove it.
+
+>>> import secateur
+>>> model = secateur.load()                                   # doctest: +SKIP
+>>> result = secateur.repair(model, "occupations")            # doctest: +SKIP
+>>> with result.plan.applied(model): ...                      # doctest: +SKIP
+"""
+
+__version__ = "0.1.0"
+
+from secateur.api import apply, audit, repair
+from secateur.errors import (
+    DataError,
+    MaskError,
+    ModelError,
+    NumericalError,
+    OutputError,
+    SecateurError,
+    SettingError,
+    SuiteError,
+)
+from secateur.models import LanguageModel, load
+from secateur.studies.audit import AuditResult
+from secateur.studies.plan import Plan, load_plan
+from secateur.studies.repair import RepairResult, RepairSettings
+from secateur.suites import Suite, load_suite, suite_names
+from secateur.units import Mask, Unit, UnitSpace, masked
+
+__all__ = [
+    "AuditResult",
+    "DataError",
+    "LanguageModel",
+    "Mask",
+    "MaskError",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "Plan",
+    "RepairResult",
+    "RepairSettings",
+    "SecateurError",
+    "SettingError",
+    "Suite",
+    "SuiteError",
+    "Unit",
+    "UnitSpace",
+    "apply",
+    "audit",
+    "load",
+    "load_plan",
+    "load_suite",
+    "masked",
+    "repair",
+    "suite_names",
+]

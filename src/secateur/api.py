@@ -1,0 +1,139 @@
+"""The Python API: the same names as the commands, with the same results and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secateur.files import OutputDirectory, write_text, writing
+from secateur.measures.answers import DEFAULT_BATCH_SIZE
+from secateur.measures.prompts import ChatMode
+from secateur.models import LanguageModel
+from secateur.progress import Progress
+from secateur.reports.html import render_audit, render_repair
+from secateur.studies import audit as audits
+from secateur.studies import repair as repairs
+from secateur.studies.audit import AuditResult
+from secateur.studies.plan import Plan, load_plan
+from secateur.studies.repair import RepairResult, RepairSettings
+from secateur.suites import Suite, load_suite
+from secateur.surgery import write_checkpoint
+
+SPARE_BYTES = 50_000_000
+
+
+def audit(
+    model: LanguageModel,
+    suite: str | Path | Suite | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    chat: ChatMode = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Measure the disparity of every scenario of a suite on a model.
+
+    Parameters
+    ----------
+    model: from :func:`secateur.load`.
+    suite: the name of a built-in suite, the path of a YAML file, or a suite; None for the default.
+    seed: of permutations and bootstrap.
+    batch_size: prompts in one forward pass.
+    chat: "auto", "chat" or "plain": whether prompts go through the model's chat template.
+    output: a directory for ``audit.json`` and ``report.html``; overwrite: replace it if it exists.
+
+    Raises
+    ------
+    SuiteError: the suite is unknown or breaks the schema.
+    NumericalError: the model's answers are not finite.
+    OutputError: the directory exists or cannot be written.
+    """
+    suite = load_suite(suite)
+    directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
+    with writing(directory):
+        result = audits.audit(model, suite, seed=seed, batch_size=batch_size, chat=chat, progress=progress)
+        if directory is not None:
+            directory.write_json("audit.json", result.as_dict())
+            write_text(directory.staging / "report.html", render_audit(result))
+    return result
+
+
+def repair(
+    model: LanguageModel,
+    suite: str | Path | Suite | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> RepairResult:
+    """Find the units that carry a suite's bias, remove the few that matter, and prove it held out.
+
+    Parameters
+    ----------
+    model: from :func:`secateur.load`; it is left as it was.
+    suite: the name of a built-in suite, the path of a YAML file, or a suite; None for the default.
+    output: a directory for ``result.json``, ``run.json``, ``plan.json`` with its mask,
+        ``report.html`` and ``checkpoint/``; overwrite: replace it if it exists.
+    settings: fields of :class:`secateur.RepairSettings`, such as ``max_perplexity_increase=0.02``.
+
+    Returns
+    -------
+    RepairResult: ``plan`` is None where no candidate lowered the bias within the limit; then no
+        plan and no checkpoint are written.
+
+    Raises
+    ------
+    SuiteError, SettingError, DataError: something asked for is unknown or too small.
+    NumericalError: the model's answers are not finite.
+    OutputError: the directory exists or cannot be written.
+    """
+    suite = load_suite(suite)
+    chosen = RepairSettings(**settings)
+    chosen.check()
+    needed = SPARE_BYTES + checkpoint_bytes(model)
+    directory = None if output is None else OutputDirectory.open(output, overwrite, needed)
+    with writing(directory):
+        if directory is None:
+            return repairs.repair(model, suite, chosen, progress=progress)
+        partial = directory
+
+        def save_partial(state: dict[str, Any]) -> None:
+            partial.write_json("partial.json", state)
+
+        result = repairs.repair(model, suite, chosen, progress=progress, save_partial=save_partial)
+        _write_repair(result, model, directory)
+    return result
+
+
+def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the checkpoint of a plan alone: a plain Hugging Face directory.
+
+    Raises
+    ------
+    MaskError: the plan cannot be read, or was made for another model.
+    OutputError: the directory exists or cannot be written.
+    """
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    plan.mask.check(model)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model))
+    with writing(directory):
+        write_checkpoint(model, plan.mask, directory.staging)
+    return directory.target
+
+
+def checkpoint_bytes(model: LanguageModel) -> int:
+    """Size of the model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+
+
+def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputDirectory) -> None:
+    directory.write_json("result.json", result.as_dict())
+    directory.write_json("run.json", result.run)
+    write_text(directory.staging / "report.html", render_repair(result))
+    if result.plan is not None:
+        result.plan.save(directory.staging)
+        write_checkpoint(model, result.plan.mask, directory.staging / "checkpoint")
+    (directory.staging / "partial.json").unlink(missing_ok=True)

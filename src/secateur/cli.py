@@ -1,0 +1,260 @@
+"""The command ``secateur``: parse, call one study, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from secateur.errors import SecateurError
+
+EXIT_BAD_INPUT = 2
+EXIT_NOT_VERIFIED = 3
+EXIT_NOTHING_PASSED = 4
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Find the attention heads and MLP neurons that carry a social bias, remove the few that matter, prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+suites_app = typer.Typer(help="List the built-in suites, or show one.", invoke_without_command=True)
+app.add_typer(suites_app, name="suites")
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Hub id, directory or .gguf file [default: SmolLM2-135M-Instruct].")
+]
+SuiteName = Annotated[str, typer.Option("--suite", "-s", help="A built-in suite's name, or the path of a YAML file.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps [default: cuda where there is one].")]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread a large model over devices: auto, balanced, ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of splits, random masks and intervals.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass.")]
+Chat = Annotated[str, typer.Option(help="auto, chat (insist on the template) or plain.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+
+
+@app.callback()
+def _version_option(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        import secateur
+
+        console.print(f"secateur {secateur.__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    suite: SuiteName = "occupations",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for audit.json and report.html.")] = Path(
+        "runs/audit"
+    ),
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    chat: Chat = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how differently a model treats the groups of a suite."""
+    import secateur
+    from secateur.reports.terminal import TerminalProgress, audit_summary, audit_table
+
+    asked = _suite(suite)
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    result = secateur.audit(
+        loaded,
+        asked,
+        seed=seed,
+        batch_size=batch_size,
+        chat=_chat(chat),
+        output=output,
+        overwrite=overwrite,
+        progress=TerminalProgress(console),
+    )
+    console.print(audit_table(result))
+    for line in audit_summary(result):
+        console.print(escape(line))
+    console.print(f"Written: {escape(str(output))}/audit.json, report.html")
+
+
+@app.command()
+def repair(
+    model: Model = None,
+    suite: SuiteName = "occupations",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for the plan, report and checkpoint.")
+    ] = Path("runs/repair"),
+    method: Annotated[str, typer.Option(help="How units are scored.")] = "attribution",
+    max_perplexity_increase: Annotated[float, typer.Option(help="The utility limit; 0.02 stands for 2 %.")] = 0.02,
+    ablation: Annotated[str, typer.Option(help="What a removed unit gives: zero, or its mean.")] = "zero",
+    utility_text: Annotated[Path | None, typer.Option(help="Neutral text instead of the built-in corpus.")] = None,
+    utility_tokens: Annotated[
+        int, typer.Option(help="Tokens of it in each of fit, select and test; 0 for all.")
+    ] = 6144,
+    max_markers: Annotated[int, typer.Option(help="Markers per group in fit and select; 0 for all.")] = 0,
+    random_draws: Annotated[int, typer.Option(help="Random masks to compare with.")] = 5,
+    control_suite: Annotated[
+        str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")
+    ] = "control-colour",
+    max_heads: Annotated[int, typer.Option(help="Most heads in a heads-only candidate.")] = 4,
+    max_neurons: Annotated[int, typer.Option(help="Most neurons in a neurons-only candidate.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    chat: Chat = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the units that carry a bias, remove the few that matter, prove it on held-out data."""
+    import secateur
+    from secateur.reports.terminal import TerminalProgress, repair_lines, repair_table
+
+    settings: dict[str, Any] = {
+        "method": method,
+        "max_perplexity_increase": max_perplexity_increase,
+        "ablation": ablation,
+        "utility_text": utility_text,
+        "utility_tokens": utility_tokens or None,
+        "max_markers": max_markers or None,
+        "random_draws": random_draws,
+        "control_suite": None if control_suite == "none" else control_suite,
+        "max_heads": max_heads,
+        "max_neurons": max_neurons,
+        "rounds": rounds,
+        "seed": seed,
+        "batch_size": batch_size,
+        "chat": _chat(chat),
+    }
+    asked = _suite(suite)
+    secateur.RepairSettings(**settings).check()
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    result = secateur.repair(
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **settings
+    )
+    console.print(repair_table(result))
+    for line in repair_lines(result):
+        console.print(escape(line))
+    console.print(f"Written: {escape(str(output))}")
+    if result.mask is None:
+        raise typer.Exit(EXIT_NOTHING_PASSED)
+    if result.verdict != "verified":
+        raise typer.Exit(EXIT_NOT_VERIFIED)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A run's directory, or its plan.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the checkpoint.")],
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the checkpoint of a plan: a plain Hugging Face directory with the units zeroed."""
+    import secateur
+
+    loaded_plan = secateur.load_plan(plan)
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    written = secateur.apply(loaded, loaded_plan, output, overwrite=overwrite)
+    mask = loaded_plan.mask
+    console.print(
+        f"Written: {escape(str(written))} ({mask.heads_removed} heads, {mask.neurons_removed} neurons zeroed)"
+    )
+
+
+@app.command()
+def show(directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Print the result of a run, or what an interrupted one had found."""
+    from secateur.reports.terminal import show_lines
+
+    for line in show_lines(directory):
+        console.print(escape(line))
+
+
+@suites_app.callback()
+def suites(context: typer.Context) -> None:
+    """List the built-in suites."""
+    if context.invoked_subcommand is None:
+        from secateur.reports.terminal import suites_table
+        from secateur.suites import load_suite, suite_names
+
+        console.print(suites_table([load_suite(name) for name in suite_names()]))
+
+
+@suites_app.command("show")
+def show_suite(
+    name: Annotated[str, typer.Argument(help="A built-in suite's name, or the path of a YAML file.")],
+    examples: Annotated[int, typer.Option(min=1, help="Filled examples to print.")] = 5,
+) -> None:
+    """Print a suite with filled examples."""
+    from secateur.reports.terminal import suite_lines
+
+    for line in suite_lines(_suite(name), examples):
+        console.print(escape(line))
+
+
+def _suite(name: str) -> Any:
+    from secateur.suites import load_suite
+
+    return load_suite(name)
+
+
+def _load(model: str | None, dtype: str, device: str | None, device_map: str | None, trust: bool) -> Any:
+    import secateur
+
+    with console.status("Loading the model (the default one is converted on first use, about 30 s) ..."):
+        return secateur.load(model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust)
+
+
+def _chat(mode: str) -> Any:
+    from secateur.errors import SettingError
+
+    if mode not in ("auto", "chat", "plain"):
+        raise SettingError(f"Unknown chat mode '{mode}'; choose auto, chat or plain.")
+    return mode
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    from secateur.files import check_target
+
+    check_target(output, overwrite)
+
+
+def main() -> None:
+    """Entry point: one clear sentence for a user's mistake, and a status that says what happened."""
+    try:
+        app()
+    except SecateurError as error:
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        errors.print(
+            "Interrupted. What was found so far is in the output directory's name with '.partial' (secateur show)."
+        )
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

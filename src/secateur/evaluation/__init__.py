@@ -1,0 +1,5 @@
+"""Measure many masks."""
+
+from secateur.evaluation.evaluator import Evaluator, Measurement
+
+__all__ = ["Evaluator", "Measurement"]

@@ -1,0 +1,147 @@
+"""Output directories that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import OutputError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class OutputDirectory:
+    """A directory that appears under its name only when everything is in it.
+
+    Until then the files lie in ``NAME.partial`` beside it. After Ctrl-C or a kill that directory
+    stays, readable; after an error it is removed.
+    """
+
+    target: Path
+    staging: Path
+    overwrite: bool
+
+    @classmethod
+    def open(cls, target: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> OutputDirectory:
+        """Check at the door that the directory may and can be written.
+
+        Raises
+        ------
+        OutputError: it exists and ``overwrite`` is off, cannot be written, or the disk is too full.
+        """
+        target = check_target(target, overwrite)
+        staging = target.with_name(target.name + PARTIAL_SUFFIX)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+        free = shutil.disk_usage(staging).free
+        if free < needed_bytes:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise OutputError(
+                f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "
+                f"{needed_bytes / 1e9:.1f} GB are needed."
+            )
+        return cls(target, staging, overwrite)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one JSON file, atomically."""
+        write_text(self.staging / name, to_json(content))
+
+    def publish(self) -> None:
+        """Give the directory its name, in place of an older one where that is allowed."""
+        try:
+            if self.target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
+                self.target.rename(old / "old")
+                self.staging.rename(self.target)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                self.staging.rename(self.target)
+        except OSError as error:
+            raise OutputError(f"'{self.target}' cannot be written: {error.strerror or error}.") from error
+
+    def discard(self) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def check_target(target: str | Path, overwrite: bool) -> Path:
+    """The absolute path of an output directory that may be written.
+
+    Raises
+    ------
+    OutputError: it exists and ``overwrite`` is off, is a file, or holds the current directory.
+    """
+    target = Path(target).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' is a file, not a directory; name another one.")
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise OutputError(f"'{target}' holds the current directory and will not be replaced; name another one.")
+    if target.exists() and not overwrite:
+        raise OutputError(f"'{target}' exists; name another directory or add --overwrite.")
+    return target
+
+
+@contextlib.contextmanager
+def writing(output: OutputDirectory | None) -> Iterator[OutputDirectory | None]:
+    """Publish on success, keep the partial state on Ctrl-C, remove it on any error."""
+    try:
+        yield output
+        if output is not None:
+            output.publish()
+    except KeyboardInterrupt:
+        raise
+    except OSError as error:
+        if output is None:
+            raise
+        output.discard()
+        raise OutputError(f"'{output.target}' cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        if output is not None:
+            output.discard()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step: a reader sees the old content or the new, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_json(content: Any) -> str:
+    """JSON without NaN or infinity, which other readers refuse; numpy numbers become plain ones."""
+    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value

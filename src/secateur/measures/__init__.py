@@ -1,0 +1,1 @@
+"""What is measured: answers, disparities and their intervals, and utility."""

@@ -1,0 +1,196 @@
+"""From the model's next-token distributions to one number y per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import NumericalError, SettingError
+from secateur.measures.packing import Layout, TokenTree, lay_out_rows, lay_out_tree, use_tree
+from secateur.measures.prompts import Prompt, PromptSet
+from secateur.models import LanguageModel
+from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
+
+DEFAULT_BATCH_SIZE = 64
+# Attention over a packed row grows with its square; beyond this length packing costs more than it saves.
+MAX_TREE_TOKENS = 768
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts packed for one forward pass.
+
+    Attributes
+    ----------
+    layout: the model's inputs.
+    nodes: (reads,) tree nodes whose next-token distribution is read, each once.
+    read, token, answer: (steps,) the read, target token and answer of every answer token.
+    prompts: the prompts, in order; their answers are numbered in the same order.
+    owner: (rows, columns), the prompt that a position belongs to alone; -1 where it is shared by
+        several prompts, or padding.
+    """
+
+    layout: Layout
+    nodes: Tensor
+    read: Tensor
+    token: Tensor
+    answer: Tensor
+    prompts: tuple[Prompt, ...]
+    owner: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.input_ids.numel()
+
+
+def pack(model: LanguageModel, prompts: PromptSet, batch_size: int = DEFAULT_BATCH_SIZE) -> list[Batch]:
+    """Pack prompts into batches of at most ``batch_size`` prompts; to be reused for every mask."""
+    if batch_size < 1:
+        raise SettingError(f"The batch size must be at least 1, not {batch_size}.")
+    longest = max(len(p.context) + max(len(a) for a in p.answers) for p in prompts.prompts)
+    tree = use_tree(model, longest)
+    batches = _groups(prompts.prompts, batch_size, MAX_TREE_TOKENS if tree else None)
+    return [_pack(model, group, tree) for group in batches]
+
+
+def _groups(prompts: Sequence[Prompt], batch_size: int, max_tokens: int | None) -> Iterator[list[Prompt]]:
+    group: list[Prompt] = []
+    tree = TokenTree()
+    for prompt in prompts:
+        _insert(tree, prompt)
+        if group and (len(group) == batch_size or (max_tokens is not None and len(tree) > max_tokens)):
+            yield group
+            group, tree = [], TokenTree()
+            _insert(tree, prompt)
+        group.append(prompt)
+    yield group
+
+
+def _insert(tree: TokenTree, prompt: Prompt) -> list[list[int]]:
+    """Add a prompt to the tree; per answer, the nodes that its tokens are predicted from."""
+    end = tree.add(prompt.context)
+    steps = []
+    for answer in prompt.answers:
+        nodes = [end]
+        for token in answer[:-1]:
+            nodes.append(tree.add([token], after=nodes[-1]))
+        steps.append(nodes)
+    return steps
+
+
+def _pack(model: LanguageModel, prompts: list[Prompt], use_tree_layout: bool) -> Batch:
+    tree = TokenTree()
+    nodes: list[int] = []
+    tokens: list[int] = []
+    answers: list[int] = []
+    count = 0
+    ends: list[tuple[int, int]] = []
+    for number, prompt in enumerate(prompts):
+        for answer, sources in zip(prompt.answers, _insert(tree, prompt), strict=True):
+            nodes += sources
+            tokens += answer
+            answers += [count] * len(answer)
+            ends.append((number, sources[-1]))
+            count += 1
+    unique, read = torch.unique(torch.tensor(nodes), return_inverse=True)
+    padding = model.tokenizer.pad_token_id or 0
+    layout = lay_out_tree(tree, model.dtype) if use_tree_layout else lay_out_rows(tree, padding)
+    owner = _owners(tree, layout, ends)
+    return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), tuple(prompts), owner)
+
+
+def _owners(tree: TokenTree, layout: Layout, ends: list[tuple[int, int]]) -> Tensor:
+    """The only prompt that passes through each position, given the (prompt, last node) of every answer."""
+    unseen, shared = -2, -1
+    owner = [unseen] * len(tree)
+    for prompt, node in ends:
+        while node >= 0 and owner[node] not in (prompt, shared):
+            owner[node] = prompt if owner[node] == unseen else shared
+            node = tree.parents[node]
+    if len(layout.input_ids) == 1:
+        return torch.tensor([owner])
+    # A padded row repeats what its path shares with others, but computes it for its own leaf alone.
+    positions = torch.full(layout.input_ids.shape, shared)
+    for leaf in set(range(len(tree))) - set(tree.parents):
+        positions[layout.row[leaf]] = owner[leaf]
+    return positions
+
+
+def answer_log_probabilities(model: LanguageModel, batch: Batch) -> Tensor:
+    """log P(answer | prompt), summed over the answer's tokens: (answers of the batch,), fp32."""
+    layout = batch.layout
+    hidden = model.hidden(layout.input_ids, layout.position_ids, layout.attention_mask)
+    device = hidden.device
+    rows, columns = layout.row[batch.nodes].to(device), layout.column[batch.nodes].to(device)
+    log_probabilities = model.log_probabilities(hidden[rows, columns])  # (reads, vocabulary)
+    device = log_probabilities.device
+    steps = log_probabilities[batch.read.to(device), batch.token.to(device)]
+    total = torch.zeros(int(batch.answer[-1]) + 1, device=device)
+    return total.index_add(0, batch.answer.to(device), steps)
+
+
+def preference(measure: Preference, log_probabilities: Tensor) -> Tensor:
+    """y = log sum P(a) - log sum P(b) in nats, from (prompts, answers) log-probabilities."""
+    split = len(measure.a)
+    return log_probabilities[:, :split].logsumexp(1) - log_probabilities[:, split:].logsumexp(1)
+
+
+def quantity(measure: Quantity, log_probabilities: Tensor) -> Tensor:
+    """y = sum_v w_v log v with w the softmax over candidates, from (prompts, candidates)."""
+    values = torch.tensor(measure.values, device=log_probabilities.device, dtype=log_probabilities.dtype)
+    return log_probabilities.softmax(1) @ values.log()
+
+
+def likelihood_pair(measure: LikelihoodPair, log_probabilities: Tensor) -> Tensor:
+    """y = log P(more) - log P(less) in nats, from (prompts, 2) log-probabilities."""
+    return log_probabilities[:, 0] - log_probabilities[:, 1]
+
+
+MEASURES: dict[type, Callable[[Any, Tensor], Tensor]] = {
+    Preference: preference,
+    Quantity: quantity,
+    LikelihoodPair: likelihood_pair,
+}
+
+
+def batch_y(model: LanguageModel, suite: Suite, batch: Batch) -> Tensor:
+    """y of every prompt of a batch, (prompts,) in fp32; differentiable with respect to gates."""
+    log_probabilities = answer_log_probabilities(model, batch)
+    values, start = [], 0
+    for scenario, group in groupby(batch.prompts, key=lambda prompt: prompt.scenario):
+        prompts = list(group)
+        measure = suite.scenarios[scenario].measure
+        stop = start + sum(len(prompt.answers) for prompt in prompts)
+        values.append(MEASURES[type(measure)](measure, log_probabilities[start:stop].view(len(prompts), -1)))
+        start = stop
+    return torch.cat(values)
+
+
+@torch.no_grad()
+def measure_y(
+    model: LanguageModel,
+    prompts: PromptSet,
+    batches: Sequence[Batch],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """y of every prompt, (prompts,) fp32 on the CPU.
+
+    Raises
+    ------
+    NumericalError: a y is not finite.
+    """
+    parts = []
+    for batch in batches:
+        parts.append(batch_y(model, prompts.suite, batch).cpu())
+        advance(len(batch.prompts))
+    y = torch.cat(parts)
+    if not bool(torch.isfinite(y).all()):
+        raise NumericalError(
+            f"The model '{model.source}' gives no finite answers to suite '{prompts.suite.name}'; try --dtype float32."
+        )
+    return y

@@ -1,0 +1,305 @@
+"""From y by group to disparities, their permutation nulls, and intervals.
+
+Definitions (for one scenario; groups in the suite's order)
+
+- gap = mean_A - mean_B, in the units of y;
+- SMD = (mean_A - mean_B) / sqrt((s_A^2 + s_B^2) / 2), standard deviations with ddof 1;
+  with more than two groups, the pair with the largest |SMD| stands for the scenario, for SMD and gap;
+- deviation = sum over groups of |mean_g - mean of the group means| (the form used with HolisticBias).
+
+|SMD| is not zero without an effect (about 0.8 sqrt(2/n) for n markers a group), so beside every figure
+stands its permutation null, labels shuffled over markers, and a suite's headline is
+B = sqrt(max(0, mean SMD^2 - mean null SMD^2)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+PERMUTATIONS = 400
+REPLICATES = 1000
+LEVEL = 0.95
+# A resample may draw one marker only; a spread below this share of the scenario's own is not believed.
+SPREAD_FLOOR = 0.02
+
+Statistic = Literal["smd", "gap", "deviation"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """y of one part of a suite.
+
+    Attributes
+    ----------
+    y: (scenarios, markers).
+    groups: (markers,), group of each marker, 0 to n_groups - 1.
+    """
+
+    y: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def n_groups(self) -> int:
+        return int(self.groups.max()) + 1
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        return list(combinations(range(self.n_groups), 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Group means and variances of every scenario under many weightings of the markers.
+
+    Attributes
+    ----------
+    mean, variance: (replicates, groups, scenarios); variances with ddof 1.
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+def _membership(groups: np.ndarray, n_groups: int) -> np.ndarray:
+    """One-hot (groups, markers)."""
+    return np.asarray(groups[None, :] == np.arange(n_groups)[:, None], dtype=float)
+
+
+def _moments(table: Table, weights: np.ndarray) -> _Moments:
+    """Moments for weights (replicates, groups, markers): how often a marker counts in a group."""
+    y = table.y - table.y.mean(axis=1, keepdims=True)  # centred, so that squares do not cancel
+    n = weights.sum(axis=2)[:, :, None]  # (replicates, groups, 1)
+    mean = weights @ y.T / n
+    variance = (weights @ (y**2).T - n * mean**2) / np.maximum(n - 1, 1)
+    floor = (SPREAD_FLOOR * y.std(axis=1, ddof=1)) ** 2
+    return _Moments(mean, np.maximum(variance, np.maximum(floor, 1e-24)))
+
+
+def _pairwise(table: Table, moments: _Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Gaps and SMDs of all pairs of groups, each (replicates, pairs, scenarios)."""
+    gaps, smds = [], []
+    for a, b in table.pairs:
+        gap = moments.mean[:, a] - moments.mean[:, b]
+        gaps.append(gap)
+        smds.append(gap / np.sqrt((moments.variance[:, a] + moments.variance[:, b]) / 2))
+    return np.stack(gaps, axis=1), np.stack(smds, axis=1)
+
+
+def _statistics(table: Table, weights: np.ndarray) -> dict[Statistic, np.ndarray]:
+    """Every statistic, (replicates, scenarios); SMD and gap signed, of the pair with the largest |SMD|."""
+    moments = _moments(table, weights)
+    gaps, smds = _pairwise(table, moments)
+    largest = np.abs(smds).argmax(axis=1)[:, None]
+    centre = moments.mean.mean(axis=1, keepdims=True)
+    return {
+        "smd": np.take_along_axis(smds, largest, axis=1)[:, 0],
+        "gap": np.take_along_axis(gaps, largest, axis=1)[:, 0],
+        "deviation": np.abs(moments.mean - centre).sum(axis=1),
+    }
+
+
+def statistics(table: Table) -> dict[Statistic, np.ndarray]:
+    """SMD, gap and deviation of every scenario, each (scenarios,)."""
+    weights = _membership(table.groups, table.n_groups)[None]
+    return {name: values[0] for name, values in _statistics(table, weights).items()}
+
+
+def group_means(table: Table) -> np.ndarray:
+    """Mean y by group, (scenarios, groups)."""
+    weights = _membership(table.groups, table.n_groups)
+    return np.asarray(table.y @ (weights / weights.sum(axis=1, keepdims=True)).T)
+
+
+def null(table: Table, seed: int = 0, permutations: int = PERMUTATIONS) -> dict[Statistic, np.ndarray]:
+    """Statistics with the labels shuffled over markers, each (permutations, scenarios).
+
+    One shuffle serves all scenarios, since they share the markers and so their errors.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.stack([rng.permutation(table.groups) for _ in range(permutations)])
+    weights = np.asarray(labels[:, None, :] == np.arange(table.n_groups)[None, :, None], dtype=float)
+    return _statistics(table, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteBias:
+    """A suite's disparity in one state of the model.
+
+    Attributes
+    ----------
+    corrected: the headline B.
+    mean_abs_smd, null_abs_smd: raw mean |SMD|, and what it would be without an effect.
+    mean_abs_gap, null_abs_gap: the same for the gap, in units of y.
+    deviation, null_deviation: the same for the sum over groups of |mean_g - mean|.
+    """
+
+    corrected: float
+    mean_abs_smd: float
+    null_abs_smd: float
+    mean_abs_gap: float
+    null_abs_gap: float
+    deviation: float
+    null_deviation: float
+
+
+def corrected_square(table: Table, seed: int = 0) -> float:
+    """mean SMD^2 - mean null SMD^2, before the root; negative where there is less than noise."""
+    return float((statistics(table)["smd"] ** 2).mean() - (null(table, seed)["smd"] ** 2).mean())
+
+
+def suite_bias(table: Table, seed: int = 0) -> SuiteBias:
+    """All suite figures of one table."""
+    observed, shuffled = statistics(table), null(table, seed)
+
+    def mean_abs(values: dict[Statistic, np.ndarray], name: Statistic) -> float:
+        return float(np.abs(values[name]).mean())
+
+    square = (observed["smd"] ** 2).mean() - (shuffled["smd"] ** 2).mean()
+    return SuiteBias(
+        corrected=float(np.sqrt(max(0.0, square))),
+        mean_abs_smd=mean_abs(observed, "smd"),
+        null_abs_smd=mean_abs(shuffled, "smd"),
+        mean_abs_gap=mean_abs(observed, "gap"),
+        null_abs_gap=mean_abs(shuffled, "gap"),
+        deviation=mean_abs(observed, "deviation"),
+        null_deviation=mean_abs(shuffled, "deviation"),
+    )
+
+
+def _resamples(table: Table, rng: np.random.Generator, replicates: int) -> np.ndarray:
+    """Bootstrap weights (replicates, groups, markers): markers drawn within their group."""
+    weights = np.zeros((replicates, table.n_groups, len(table.groups)))
+    for group in range(table.n_groups):
+        members = np.flatnonzero(table.groups == group)
+        counts = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=replicates)
+        weights[:, group, members] = counts
+    return weights
+
+
+def _percentiles(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    tail = (1 - LEVEL) / 2 * 100
+    low, high = np.percentile(values, [tail, 100 - tail], axis=axis)
+    return low, high
+
+
+def largest_pairs(table: Table) -> list[tuple[int, int]]:
+    """The pair of groups with the largest |SMD| of every scenario."""
+    _, smds = _pairwise(table, _moments(table, _membership(table.groups, table.n_groups)[None]))
+    return [table.pairs[pair] for pair in np.abs(smds[0]).argmax(axis=0)]
+
+
+def scenario_intervals(table: Table, seed: int = 0) -> dict[Statistic, tuple[np.ndarray, np.ndarray]]:
+    """95 % bootstrap intervals over markers of every scenario's SMD and gap: low, high (scenarios,).
+
+    The pair of groups that is compared stays the one that was largest in the sample.
+    """
+    gaps, smds = _pairwise(table, _moments(table, _resamples(table, np.random.default_rng(seed), REPLICATES)))
+    pair = np.array([table.pairs.index(names) for names in largest_pairs(table)])
+    scenario = np.arange(len(pair))
+    return {"smd": _percentiles(smds[:, pair, scenario]), "gap": _percentiles(gaps[:, pair, scenario])}
+
+
+def permutation_p_values(table: Table, seed: int = 0) -> np.ndarray:
+    """Two-sided permutation p-value of every scenario's SMD, (scenarios,)."""
+    observed = np.abs(statistics(table)["smd"])
+    shuffled = np.abs(null(table, seed, permutations=REPLICATES)["smd"])
+    return np.asarray((1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + len(shuffled)))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's step-down adjustment (Holm, 1979) of p-values (tests,)."""
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted
+
+
+def bootstrap_squares(tables: list[Table], seed: int = 0) -> np.ndarray:
+    """B^2 of several states of the same prompts under the same resamples, (states, replicates).
+
+    Clusters: scenarios are drawn with replacement, and markers within their group, across all
+    scenarios at once. A replicate carries the sampling noise twice (of the sample, and of the
+    resampling), so the permutation null is subtracted twice; values may be negative.
+    """
+    rng = np.random.default_rng(seed)
+    n_scenarios = len(tables[0].y)
+    weights = _resamples(tables[0], rng, REPLICATES)
+    drawn = rng.multinomial(n_scenarios, np.full(n_scenarios, 1 / n_scenarios), size=REPLICATES) / n_scenarios
+    squares = []
+    for table in tables:
+        noise = (null(table, seed)["smd"] ** 2).mean(axis=0)  # (scenarios,)
+        replicate = _statistics(table, weights)["smd"] ** 2 - 2 * noise  # (replicates, scenarios)
+        squares.append((replicate * drawn).sum(axis=1))
+    return np.stack(squares)
+
+
+def _root(squares: np.ndarray | float) -> np.ndarray:
+    return np.sqrt(np.maximum(0.0, squares))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before and after on the same prompts, with paired 95 % cluster-bootstrap intervals.
+
+    Attributes
+    ----------
+    before, after: the corrected suite bias B.
+    reduction: 1 - after / before, at most 1; negative where the bias grew.
+    change: after - before, in units of B.
+    """
+
+    before: Interval
+    after: Interval
+    reduction: Interval
+    change: Interval
+
+
+def interval_of_bias(table: Table, seed: int = 0) -> Interval:
+    """B of one state with its interval."""
+    low, high = _percentiles(_root(bootstrap_squares([table], seed)[0]))
+    return Interval(suite_bias(table, seed).corrected, float(low), float(high))
+
+
+def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
+    """Compare two states of a model on the same prompts."""
+    roots = _root(bootstrap_squares([before, after], seed))
+    point = _root(np.array([corrected_square(before, seed), corrected_square(after, seed)]))
+
+    def interval(value: float | np.ndarray, replicates: np.ndarray) -> Interval:
+        low, high = _percentiles(replicates)
+        return Interval(float(value), float(low), float(high))
+
+    return Comparison(
+        before=interval(point[0], roots[0]),
+        after=interval(point[1], roots[1]),
+        reduction=interval(reduction(point[0], point[1]), reduction(roots[0], roots[1])),
+        change=interval(point[1] - point[0], roots[1] - roots[0]),
+    )
+
+
+def reduction(before: np.ndarray | float, after: np.ndarray | float) -> np.ndarray:
+    """1 - after / before; where there was nothing to reduce, 0 if there still is nothing, else -1."""
+    before, after = np.asarray(before), np.asarray(after)
+    nothing = before <= 1e-9
+    ratio = 1 - after / np.where(nothing, 1.0, before)
+    return np.asarray(np.where(nothing, np.where(after <= 1e-9, 0.0, -1.0), ratio))

@@ -1,0 +1,118 @@
+"""Many prompts in one forward pass.
+
+Prompts of a suite share most of their text: the system message, the question up to the marker, and
+for each prompt all its candidate answers. A *token tree* holds every shared prefix once. A batch of
+prompts becomes one tree; laid out as one row, every token attends to its ancestors only and has its
+depth as position, so the result equals that of separate prompts, without any padding. Models whose
+attention does not follow mask and positions alone (see ``Family.tree``) get the tree's root-to-leaf
+paths as right-padded rows instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.models import LanguageModel
+from secateur.models.families import attention_window, supports_tree
+
+
+@dataclass
+class TokenTree:
+    """A prefix tree of token sequences; nodes are numbered in order of insertion, parents first."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, sequence: Sequence[int], after: int = -1) -> int:
+        """Insert a sequence below a node (-1 is the root) and return its last node."""
+        node = after
+        for token in sequence:
+            child = self._children.get((node, token))
+            if child is None:
+                child = len(self.tokens)
+                self._children[node, token] = child
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(0 if node < 0 else self.depths[node] + 1)
+            node = child
+        return node
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A tree as model inputs, and where each node's hidden state comes out.
+
+    Attributes
+    ----------
+    input_ids, position_ids: (rows, columns).
+    attention_mask: additive (1, 1, columns, columns) for a tree in one row, or 0/1
+        (rows, columns) for padded rows.
+    row, column: (nodes,), where each node stands.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def use_tree(model: LanguageModel, longest: int) -> bool:
+    """Whether prompts of up to ``longest`` tokens can be packed exactly for this model."""
+    window = attention_window(model.model.config)
+    return supports_tree(model.model.config) and (window is None or longest <= window)
+
+
+def lay_out_tree(tree: TokenTree, dtype: torch.dtype) -> Layout:
+    """Lay a tree out in one row in which every token sees its ancestors and itself."""
+    size = len(tree)
+    visible = np.zeros((size, size), dtype=bool)
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            visible[node] = visible[parent]
+        visible[node, node] = True
+    # An additive mask serves every attention implementation; some families only add theirs.
+    additive = torch.zeros((size, size), dtype=dtype)
+    additive.masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
+    return Layout(
+        input_ids=torch.tensor([tree.tokens]),
+        position_ids=torch.tensor([tree.depths]),
+        attention_mask=additive[None, None],
+        row=torch.zeros(size, dtype=torch.long),
+        column=torch.arange(size),
+    )
+
+
+def lay_out_rows(tree: TokenTree, padding: int) -> Layout:
+    """Lay a tree out as one right-padded row per leaf."""
+    leaves = sorted(set(range(len(tree))) - set(tree.parents))
+    paths = [_path(tree, leaf) for leaf in leaves]
+    width = max(len(path) for path in paths)
+    input_ids = torch.full((len(paths), width), padding)
+    attention_mask = torch.zeros((len(paths), width), dtype=torch.long)
+    row = torch.zeros(len(tree), dtype=torch.long)
+    for number, path in enumerate(paths):
+        input_ids[number, : len(path)] = torch.tensor([tree.tokens[node] for node in path])
+        attention_mask[number, : len(path)] = 1
+        row[path] = number
+    position_ids = torch.arange(width).expand(len(paths), width)
+    return Layout(input_ids, position_ids, attention_mask, row, torch.tensor(tree.depths))
+
+
+def _path(tree: TokenTree, leaf: int) -> list[int]:
+    path = []
+    node = leaf
+    while node >= 0:
+        path.append(node)
+        node = tree.parents[node]
+    return path[::-1]

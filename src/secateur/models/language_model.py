@@ -1,0 +1,185 @@
+"""A loaded causal language model and the few operations the rest of Secateur needs from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import NumericalError
+from secateur.models.families import Family, family_of, kv_heads, query_heads
+
+VOCABULARY_CHUNK = 16_384
+
+
+@dataclass
+class TokenUsage:
+    """Tokens that went through the model, forwards and backwards: the currency of every cost."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def since(self, earlier: TokenUsage) -> TokenUsage:
+        return TokenUsage(self.forward - earlier.forward, self.backward - earlier.backward)
+
+    def copy(self) -> TokenUsage:
+        return TokenUsage(self.forward, self.backward)
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A causal LM with its tokenizer, as plain transformers objects, and the map of its units.
+
+    Attributes
+    ----------
+    model: the transformers model, in evaluation mode, parameters frozen.
+    tokenizer: its tokenizer.
+    source: where it came from, as the user named it.
+    usage: tokens forwarded and backwarded so far.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    usage: TokenUsage = field(default_factory=TokenUsage)
+
+    def __post_init__(self) -> None:
+        family_of(self.model.config)
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model.config)
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
+        return list(blocks)
+
+    @cached_property
+    def attention_outputs(self) -> list[nn.Module]:
+        """Per layer, the projection whose input holds the heads: (batch, tokens, heads * head_dim)."""
+        return [block.get_submodule(self.family.attention_out) for block in self.blocks]
+
+    @cached_property
+    def mlp_outputs(self) -> list[nn.Module]:
+        """Per layer, the projection whose input holds the neurons: (batch, tokens, neurons)."""
+        return [block.get_submodule(self.family.mlp_out) for block in self.blocks]
+
+    @property
+    def heads_per_layer(self) -> list[int]:
+        return [query_heads(self.model.config)] * len(self.blocks)
+
+    @property
+    def kv_heads_per_layer(self) -> list[int]:
+        return [kv_heads(self.model.config)] * len(self.blocks)
+
+    @property
+    def neurons_per_layer(self) -> list[int]:
+        return [input_width(module, self.family.transposed) for module in self.mlp_outputs]
+
+    @property
+    def head_dim(self) -> int:
+        return input_width(self.attention_outputs[0], self.family.transposed) // self.heads_per_layer[0]
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def input_device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the configuration and of samples of every weight: equal for equal models.
+
+        Weights are sampled and rounded to bfloat16, so that the same checkpoint loaded in another
+        precision or on another device keeps its fingerprint.
+        """
+        digest = hashlib.sha256()
+        config = self.model.config
+        digest.update(f"{config.model_type}|{len(self.blocks)}|{config.hidden_size}|{config.vocab_size}".encode())
+        for name, weight in sorted(self.model.named_parameters()):
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Last hidden state after the final norm, (batch, tokens, hidden); counts the tokens."""
+        self.usage.forward += input_ids.numel()
+        output = self.model.base_model(
+            input_ids=input_ids.to(self.input_device),
+            position_ids=None if position_ids is None else position_ids.to(self.input_device),
+            attention_mask=None if attention_mask is None else attention_mask.to(self.input_device),
+            use_cache=False,
+        )
+        return output[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in fp32 for rows of hidden states, (rows, hidden) to (rows, vocabulary).
+
+        The head runs in fp32 whatever the model's precision: a difference of two bf16 logits has
+        steps of 1/16, too coarse for a preference.
+        """
+        head = self.model.get_output_embeddings()
+        weight: Tensor = head.weight  # type: ignore[union-attr, assignment]
+        bias: Tensor | None = getattr(head, "bias", None)
+        hidden = hidden.to(weight.device).float()
+        if weight.dtype == torch.float32:
+            logits = nn.functional.linear(hidden, weight)
+        else:  # chunks keep the fp32 copy of the vocabulary small
+            chunks = (nn.functional.linear(hidden, part.float()) for part in weight.split(VOCABULARY_CHUNK))
+            logits = torch.cat(list(chunks), dim=-1)
+        if bias is not None:
+            logits = logits + bias.float()
+        return _finish_logits(self.model.config, logits)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Next-token log-probabilities in fp32, (rows, hidden) to (rows, vocabulary).
+
+        Raises
+        ------
+        NumericalError: the model's output is not finite.
+        """
+        log_probabilities = self.logits(hidden).log_softmax(dim=-1)
+        if bool(torch.isnan(log_probabilities.detach().sum(dim=-1)).any()):
+            raise NumericalError(
+                f"The model '{self.source}' returned values that are not finite (NaN or infinity); "
+                "check the checkpoint, or load it with --dtype float32."
+            )
+        return log_probabilities
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model, tokenizer and generation config as a plain Hugging Face directory."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def input_width(module: nn.Module, transposed: bool) -> int:
+    """Number of input features of a Linear or Conv1D."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[0 if transposed else 1])
+
+
+def _finish_logits(config: object, logits: Tensor) -> Tensor:
+    """Apply what some families do after the head: Granite's scaling, Gemma's soft cap."""
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling:
+        logits = logits / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -1,0 +1,86 @@
+"""``report.html``: one self-contained file, no network; everything from models and suites is escaped."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import date
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+import secateur
+from secateur.reports.figures import candidates_figure, scenario_figure, units_figure
+from secateur.studies.audit import AuditResult
+from secateur.studies.repair import RepairResult
+from secateur.suites import Suite, fill
+
+PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+
+
+def render_audit(result: AuditResult) -> str:
+    """The report of an audit, as HTML."""
+    significant = sum(scenario.p_holm < 0.05 for scenario in result.scenarios)
+    return _render(
+        "audit.html.j2",
+        result.run,
+        result=result,
+        significant=significant,
+        example=_example(result.suite),
+        figure=_picture(scenario_figure(result.scenarios)),
+    )
+
+
+def render_repair(result: RepairResult) -> str:
+    """The report of a repair, as HTML."""
+    pictures: dict[str, Markup] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
+    if result.mask is not None:
+        removed = [(unit.kind, unit.layer, unit.index) for unit in result.mask.units]
+        pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))
+        pictures["units_figure"] = _picture(units_figure(result.mask.space, removed, result.scores.rank))
+    return _render("repair.html.j2", result.run, result=result, example=_example(result.suite), **pictures)
+
+
+def _render(template: str, run: dict[str, Any], **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("secateur.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        version=secateur.__version__,
+        date=date.today().isoformat(),
+        plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
+        command=" ".join(shlex.quote(part) for part in ["secateur", *run["command"][1:]]),
+        facts=_facts(run),
+        **content,
+    )
+
+
+def _picture(figure: go.Figure) -> Markup:
+    # Plotly writes its data as JSON with <, > and / escaped, so no text can end the script early.
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=PLOT_OPTIONS))
+
+
+def _example(suite: Suite) -> str:
+    marker = next(iter(suite.groups.values()))[0]
+    prompt, reply = fill(suite.scenarios[0].paraphrases[0], marker)
+    return f"user: {prompt}\nassistant: {reply}…" if reply else f"user: {prompt}"
+
+
+def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+    model, versions = run["model"], run["versions"]
+    return [
+        ("model", f"{model['source']} ({model['type']}, {model['dtype']}, {model['device']})"),
+        ("fingerprint", model["fingerprint"]),
+        ("seed", str(run["settings"]["seed"])),
+        ("suite hash", str(run["settings"]["suite_hash"])),
+        ("time", f"{run['seconds']:.0f} s"),
+        ("tokens", f"{run['tokens_forward']:,} forward, {run['tokens_backward']:,} backward"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ("platform", run["platform"]),
+    ]

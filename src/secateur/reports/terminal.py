@@ -1,0 +1,225 @@
+"""What people see in the terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBars
+from rich.table import Table
+
+from secateur.errors import DataError
+from secateur.files import PARTIAL_SUFFIX
+from secateur.measures.disparity import Interval
+from secateur.measures.prompts import candidate_texts
+from secateur.progress import Advance, Progress
+from secateur.studies.audit import AuditResult
+from secateur.studies.repair import RepairResult
+from secateur.suites import Suite, fill
+
+
+class TerminalProgress(Progress):
+    """One bar per step, with the time left; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def step(self, description: str, total: int) -> Iterator[Advance]:
+        if not self.console.is_terminal:
+            self.console.print(f"{escape(description)} ...")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichBars(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
+            task = bars.add_task(escape(description), total=total)
+            yield lambda done: bars.advance(task, done)
+
+    def say(self, message: str) -> None:
+        self.console.print(escape(message))
+
+
+def interval_text(interval: Interval, percent: bool = False) -> str:
+    """A figure with its interval, as text."""
+    if percent:
+        return f"{interval.value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def audit_table(result: AuditResult) -> Table:
+    """Every scenario of an audit, one line each."""
+    table = Table(title=f"{escape(result.suite.name)} on {escape(result.model)}", box=box.SIMPLE_HEAD)
+    table.add_column("scenario")
+    table.add_column("groups compared")
+    for heading in ("gap [95 %]", "SMD [95 %]", "null |SMD|", "p (Holm)"):
+        table.add_column(heading, justify="right")
+    for scenario in result.scenarios:
+        strong = "bold" if scenario.p_holm < 0.05 else "dim"
+        table.add_row(
+            escape(scenario.id),
+            escape(f"{scenario.pair[0]} - {scenario.pair[1]}"),
+            interval_text(scenario.gap),
+            interval_text(scenario.smd),
+            f"{scenario.null_abs_smd:.2f}",
+            f"{scenario.p_holm:.3f}",
+            style=strong,
+        )
+    return table
+
+
+def audit_summary(result: AuditResult) -> list[str]:
+    """The lines under an audit's table."""
+    summary = result.summary
+    significant = sum(scenario.p_holm < 0.05 for scenario in result.scenarios)
+    return [
+        f"Suite bias B (mean SMD², noise subtracted): {interval_text(result.bias)}",
+        f"Raw mean |SMD| {summary.mean_abs_smd:.2f} (shuffled labels: {summary.null_abs_smd:.2f}); "
+        f"mean |gap| {summary.mean_abs_gap:.2f} (shuffled: {summary.null_abs_gap:.2f})",
+        f"{significant} of {len(result.scenarios)} scenarios differ between groups at p < 0.05 after Holm's correction",
+        f"{result.run['tokens_forward']:,} tokens forward in {result.run['seconds']:.0f} s",
+    ]
+
+
+def repair_table(result: RepairResult) -> Table:
+    """Every candidate of a repair on the select part, one line each."""
+    table = Table(title="Candidates on the select part", box=box.SIMPLE_HEAD)
+    for heading in ("units", "heads", "neurons", "bias B", "mean |gap|", "perplexity", "at most"):
+        table.add_column(heading, justify="left" if heading == "units" else "right")
+    for candidate in result.candidates:
+        table.add_row(
+            candidate.kind,
+            str(candidate.heads),
+            str(candidate.neurons),
+            f"{candidate.bias:.2f}",
+            f"{candidate.mean_abs_gap:.2f}",
+            f"{candidate.perplexity_increase:+.2%}",
+            f"{candidate.perplexity_high:+.2%}",
+            style="bold green" if candidate.chosen else "" if candidate.within_limit else "dim",
+        )
+    return table
+
+
+def repair_lines(result: RepairResult) -> list[str]:
+    """The verdict of a repair and the figures behind it."""
+    return result_lines(result.as_dict())
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """The content of a ``result.json`` in words."""
+    lines = [f"{result['model']}, suite {result['suite']}, method {result['method']}"]
+    if result["test"] is not None:
+        units, test, utility = result["units"], result["test"], result["utility"]
+        lines += [
+            f"Removed {units['heads']} of {units['heads_total']:,} heads and {units['neurons']} of "
+            f"{units['neurons_total']:,} neurons",
+            f"Held-out bias B   {_interval(test['bias_before'])} -> {_interval(test['bias_after'])}",
+            f"Reduction         {_percent(test['reduction'])}",
+            f"Random masks      {_percent(test['random_reduction'])} (mean, smallest and largest draw)",
+            f"Perplexity        {utility['perplexity_before']:.2f} -> {utility['perplexity_after']:.2f}, "
+            f"{_percent(utility['perplexity_increase'], 2)}; KL {utility['kl']:.4f} nats per token",
+        ]
+        if test["control_change"] is not None:
+            lines.append(f"Control suite     {test['control_suite']}: change of B {_interval(test['control_change'])}")
+    lines += [
+        f"Verdict: {result['verdict']}. {result['explanation']}",
+        f"{result['seconds']:.0f} s, {result['tokens_forward']:,} tokens forward, "
+        f"{result['tokens_backward']:,} backward",
+    ]
+    return lines
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def _percent(figure: dict[str, float], digits: int = 0) -> str:
+    return f"{figure['value']:+.{digits}%} [{figure['low']:+.{digits}%}, {figure['high']:+.{digits}%}]"
+
+
+def show_lines(directory: Path) -> list[str]:
+    """What a run's directory holds, in words.
+
+    Raises
+    ------
+    DataError: it holds no result that can be read.
+    """
+    readers = {"result.json": result_lines, "audit.json": _audit_lines, "partial.json": _partial_lines}
+    for place in (directory, directory.with_name(directory.name + PARTIAL_SUFFIX)):
+        for name, reader in readers.items():
+            file = place / name
+            if file.is_file():
+                try:
+                    return reader(json.loads(file.read_text(encoding="utf-8")))
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise DataError(f"'{file}' is not a Secateur result, or is damaged.") from error
+    raise DataError(f"'{directory}' holds no result of Secateur.")
+
+
+def _audit_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['model']}, suite {result['suite']}: bias B {_interval(result['bias'])}"]
+    for scenario in result["scenarios"]:
+        lines.append(f"  {scenario['id']}: SMD {_interval(scenario['smd'])}, p (Holm) {scenario['p_holm']:.3f}")
+    return lines
+
+
+def _partial_lines(state: dict[str, Any]) -> list[str]:
+    lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]
+    for candidate in state["candidates"]:
+        lines.append(
+            f"  {candidate['heads']} heads, {candidate['neurons']} neurons: bias B {candidate['bias']:.2f}, "
+            f"perplexity {candidate['perplexity_increase']:+.2%}"
+        )
+    return lines
+
+
+def suites_table(suites: list[Suite]) -> Table:
+    """The built-in suites, one line each."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("suite", "attribute", "language", "groups x markers", "scenarios", "title"):
+        table.add_column(heading)
+    for suite in suites:
+        sizes = sorted({len(markers) for markers in suite.groups.values()})
+        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+        title = f"{suite.title} (control)" if suite.control else suite.title
+        cells = (
+            suite.name,
+            suite.attribute,
+            suite.language,
+            f"{len(suite.groups)} x {size}",
+            len(suite.scenarios),
+            title,
+        )
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    return table
+
+
+def suite_lines(suite: Suite, examples: int) -> list[str]:
+    """A suite in words, with filled examples from different scenarios and groups."""
+    lines = [f"{suite.name} (version {suite.version}): {suite.title}", suite.description, ""]
+    for group, markers in suite.groups.items():
+        lines.append(f"group {group} ({len(markers)}): {', '.join(markers[:6])}, ...")
+    lines += [f"source: {source}" for source in suite.sources]
+    groups = list(suite.groups.values())
+    for number in range(min(examples, len(suite.scenarios))):
+        scenario = suite.scenarios[number]
+        markers = groups[number % len(groups)]
+        marker = markers[number % len(markers)]
+        prompt, reply = fill(scenario.paraphrases[number % len(scenario.paraphrases)], marker)
+        candidates = candidate_texts(scenario.measure, marker)
+        shown = ", ".join(repr(text) for text in candidates[:4]) + (", ..." if len(candidates) > 4 else "")
+        lines += ["", f"[{scenario.id}] {scenario.measure.kind}: {shown}"]
+        lines += [f"  user: {prompt}"] if prompt else []
+        lines += [f"  assistant: {reply} ..."] if reply else []
+    return lines

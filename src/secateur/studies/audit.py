@@ -1,0 +1,152 @@
+"""``audit``: how large each scenario's disparity is, with intervals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.answers import DEFAULT_BATCH_SIZE
+from secateur.measures.disparity import (
+    Interval,
+    Statistic,
+    SuiteBias,
+    Table,
+    group_means,
+    holm,
+    interval_of_bias,
+    largest_pairs,
+    null,
+    permutation_p_values,
+    scenario_intervals,
+    statistics,
+    suite_bias,
+)
+from secateur.measures.prompts import ChatMode, build_prompts
+from secateur.measures.splits import whole
+from secateur.models import LanguageModel
+from secateur.progress import Progress
+from secateur.studies.record import Recorder
+from secateur.suites import Suite, suite_hash
+
+
+@dataclass(frozen=True)
+class ScenarioDisparity:
+    """One scenario's figures.
+
+    Attributes
+    ----------
+    means: mean y by group.
+    pair: the two groups with the largest |SMD|, which gap and SMD compare (first minus second).
+    gap, smd: with 95 % bootstrap intervals over markers.
+    null_abs_smd: mean |SMD| with shuffled labels.
+    p_value, p_holm: permutation p-value, alone and corrected for all scenarios of the suite.
+    """
+
+    id: str
+    measure: str
+    means: dict[str, float]
+    pair: tuple[str, str]
+    gap: Interval
+    smd: Interval
+    deviation: float
+    null_abs_smd: float
+    p_value: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit found.
+
+    Attributes
+    ----------
+    bias: the corrected suite bias B with its interval.
+    summary: all suite figures, raw and null.
+    scenarios: one entry per scenario.
+    run: versions, seed, data hashes, cost.
+    """
+
+    model: str
+    suite: Suite
+    bias: Interval
+    summary: SuiteBias
+    scenarios: list[ScenarioDisparity]
+    run: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``audit.json``."""
+        return {
+            "model": self.model,
+            "suite": self.suite.name,
+            "bias": self.bias.as_dict(),
+            "summary": asdict(self.summary),
+            "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "run": self.run,
+        }
+
+
+def audit(
+    model: LanguageModel,
+    suite: Suite,
+    *,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    chat: ChatMode = "auto",
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Measure the disparity of every scenario of a suite on a model, on all markers and paraphrases.
+
+    Parameters
+    ----------
+    seed: of permutations and bootstrap.
+    batch_size: prompts in one forward pass.
+    chat: "auto", "chat" or "plain": whether prompts go through the model's chat template.
+    """
+    recorder = Recorder(model, progress or Progress())
+    evaluator = Evaluator(model, build_prompts(model, suite, whole(suite), chat), batch_size=batch_size)
+    with recorder.step(f"Audit {suite.name}", evaluator.work()) as advance:
+        table = evaluator.evaluate(advance=advance).table
+    settings = {"seed": seed, "batch_size": batch_size, "chat": chat, "suite_hash": suite_hash(suite)}
+    return AuditResult(
+        model=model.source,
+        suite=suite,
+        bias=interval_of_bias(table, seed),
+        summary=suite_bias(table, seed),
+        scenarios=describe_scenarios(suite, table, seed),
+        run=recorder.describe(settings),
+    )
+
+
+def describe_scenarios(suite: Suite, table: Table, seed: int = 0) -> list[ScenarioDisparity]:
+    """Every scenario's figures from a table of y, (scenarios, markers)."""
+    observed = statistics(table)
+    shuffled = np.abs(null(table, seed)["smd"]).mean(axis=0)
+    p_values = permutation_p_values(table, seed)
+    adjusted = holm(p_values)
+    intervals = scenario_intervals(table, seed)
+    pairs = largest_pairs(table)
+    means = group_means(table)
+    names = list(suite.groups)
+
+    def interval(name: Statistic, i: int) -> Interval:
+        low, high = intervals[name]
+        return Interval(float(observed[name][i]), float(low[i]), float(high[i]))
+
+    return [
+        ScenarioDisparity(
+            id=scenario.id,
+            measure=scenario.measure.kind,
+            means=dict(zip(names, means[i].tolist(), strict=True)),
+            pair=(names[pairs[i][0]], names[pairs[i][1]]),
+            gap=interval("gap", i),
+            smd=interval("smd", i),
+            deviation=float(observed["deviation"][i]),
+            null_abs_smd=float(shuffled[i]),
+            p_value=float(p_values[i]),
+            p_holm=float(adjusted[i]),
+        )
+        for i, scenario in enumerate(suite.scenarios)
+    ]

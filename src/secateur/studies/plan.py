@@ -1,0 +1,81 @@
+"""A plan: the chosen mask with everything needed to reproduce and to judge it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import MaskError
+from secateur.files import to_json, write_text
+from secateur.models import LanguageModel
+from secateur.units import Mask, masked
+
+PLAN_FORMAT = "secateur-plan-1"
+PLAN_FILE = "plan.json"
+MASK_FILE = "mask.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The chosen mask and its record.
+
+    Attributes
+    ----------
+    mask: what is removed.
+    record: plain data: model, suite and its hash, method, settings, splits, figures.
+    """
+
+    mask: Mask
+    record: dict[str, Any]
+
+    def applied(self, model: LanguageModel) -> AbstractContextManager[None]:
+        """Remove the plan's units from a live model while the context lasts.
+
+        Raises
+        ------
+        MaskError: the plan was made for another model.
+        """
+        return masked(model, self.mask)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``plan.json`` and ``mask.safetensors`` into a directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.mask.save(directory / MASK_FILE)
+        content = {
+            "format": PLAN_FORMAT,
+            "mask": MASK_FILE,
+            "fingerprint": self.mask.fingerprint,
+            "ablation": self.mask.ablation,
+            "units": [f"{unit.kind} {unit.layer}.{unit.index}" for unit in self.mask.units],
+            **self.record,
+        }
+        write_text(directory / PLAN_FILE, to_json(content))
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan from a run's directory or from its ``plan.json``.
+
+    Raises
+    ------
+    MaskError: there is no plan, or it cannot be read.
+    """
+    path = Path(path).expanduser()
+    file = path / PLAN_FILE if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MaskError(f"There is no plan at '{file}'.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MaskError(f"The plan '{file}' cannot be read: {error}.") from error
+    if not isinstance(record, dict) or record.get("format") != PLAN_FORMAT:
+        raise MaskError(f"'{file}' is not a Secateur plan.")
+    mask_name = str(record["mask"])
+    if Path(mask_name).name != mask_name:
+        raise MaskError(f"The plan '{file}' names a mask outside its own directory.")
+    for key in ("format", "mask", "fingerprint", "ablation", "units"):
+        record.pop(key, None)
+    return Plan(Mask.load(file.parent / mask_name), record)

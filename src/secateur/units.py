@@ -1,0 +1,398 @@
+"""Units, masks, and masking as a reversible context manager on a live model.
+
+A *unit* is the smallest thing pruned: an attention head or an MLP neuron. All units of a model form
+one flat order (all heads layer by layer, then all neurons layer by layer), so that scores, masks and
+searches are plain vectors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from secateur.errors import MaskError, SettingError
+from secateur.models import LanguageModel
+
+Kind = Literal["head", "neuron"]
+Ablation = Literal["zero", "mean"]
+MASK_FORMAT = "secateur-mask-1"
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """An attention head or an MLP neuron: kind, layer and index within the layer, all from 0."""
+
+    kind: Kind
+    layer: int
+    index: int
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """How many units each layer has.
+
+    Attributes
+    ----------
+    heads, kv_heads, neurons: counts per layer.
+    head_dim: width of one head.
+    """
+
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> UnitSpace:
+        return cls(
+            heads=tuple(model.heads_per_layer),
+            kv_heads=tuple(model.kv_heads_per_layer),
+            neurons=tuple(model.neurons_per_layer),
+            head_dim=model.head_dim,
+        )
+
+    def __len__(self) -> int:
+        return self.n_heads + self.n_neurons
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.heads)
+
+    @property
+    def n_heads(self) -> int:
+        return sum(self.heads)
+
+    @property
+    def n_neurons(self) -> int:
+        return sum(self.neurons)
+
+    @cached_property
+    def _head_starts(self) -> list[int]:
+        return [0, *np.cumsum(self.heads).tolist()]
+
+    @cached_property
+    def _neuron_starts(self) -> list[int]:
+        return [self.n_heads + start for start in [0, *np.cumsum(self.neurons).tolist()]]
+
+    def head_slice(self, layer: int) -> slice:
+        """Where a layer's heads stand in the flat order."""
+        return slice(self._head_starts[layer], self._head_starts[layer + 1])
+
+    def neuron_slice(self, layer: int) -> slice:
+        """Where a layer's neurons stand in the flat order."""
+        return slice(self._neuron_starts[layer], self._neuron_starts[layer + 1])
+
+    def flat(self, unit: Unit) -> int:
+        """Position of a unit in the flat order.
+
+        Raises
+        ------
+        MaskError: the model has no such unit.
+        """
+        counts = self.heads if unit.kind == "head" else self.neurons
+        if not (0 <= unit.layer < self.n_layers and 0 <= unit.index < counts[unit.layer]):
+            raise MaskError(f"The model has no {unit.kind} {unit.index} in layer {unit.layer}.")
+        start = self._head_starts if unit.kind == "head" else self._neuron_starts
+        return start[unit.layer] + unit.index
+
+    def unit(self, flat: int) -> Unit:
+        """The unit at a position of the flat order."""
+        kind: Kind = "head" if flat < self.n_heads else "neuron"
+        starts = self._head_starts if kind == "head" else self._neuron_starts
+        layer = int(np.searchsorted(starts, flat, side="right")) - 1
+        return Unit(kind, layer, int(flat) - starts[layer])
+
+    def kv_group(self, unit: Unit) -> int:
+        """The key/value head that a query head shares."""
+        return unit.index // (self.heads[unit.layer] // self.kv_heads[unit.layer])
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationMeans:
+    """Mean input of every output projection over neutral text, the value of mean ablation.
+
+    Attributes
+    ----------
+    heads: per layer, fp32 (heads, head_dim).
+    neurons: per layer, fp32 (neurons,).
+    """
+
+    heads: tuple[np.ndarray, ...]
+    neurons: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """On/off for every unit of one model, with the constants that stand in for removed units.
+
+    Attributes
+    ----------
+    space: the units of the model.
+    keep: bool array (units,), False where a unit is removed.
+    fingerprint: of the model that the mask was made for.
+    means: what removed units give instead of their activations; None for zero ablation.
+    """
+
+    space: UnitSpace
+    keep: np.ndarray
+    fingerprint: str
+    means: ActivationMeans | None = None
+
+    def __post_init__(self) -> None:
+        keep = np.asarray(self.keep, dtype=bool).copy()
+        if keep.shape != (len(self.space),):
+            raise MaskError(f"A mask of this model has {len(self.space)} entries, not {keep.shape}.")
+        keep.setflags(write=False)
+        object.__setattr__(self, "keep", keep)
+
+    @classmethod
+    def none(cls, model: LanguageModel) -> Mask:
+        """The mask that removes nothing."""
+        space = UnitSpace.of(model)
+        return cls(space, np.ones(len(space), dtype=bool), model.fingerprint)
+
+    @classmethod
+    def removing(cls, model: LanguageModel, units: Iterable[Unit | int], means: ActivationMeans | None = None) -> Mask:
+        """The mask that removes the given units, as :class:`Unit` or flat positions."""
+        space = UnitSpace.of(model)
+        keep = np.ones(len(space), dtype=bool)
+        for unit in units:
+            keep[space.flat(unit) if isinstance(unit, Unit) else int(unit)] = False
+        return cls(space, keep, model.fingerprint, means)
+
+    @property
+    def ablation(self) -> Ablation:
+        return "zero" if self.means is None else "mean"
+
+    @property
+    def removed(self) -> np.ndarray:
+        """Flat positions of the removed units, ascending."""
+        return np.flatnonzero(~self.keep)
+
+    @property
+    def units(self) -> list[Unit]:
+        return [self.space.unit(flat) for flat in self.removed]
+
+    @property
+    def heads_removed(self) -> int:
+        return int((~self.keep[: self.space.n_heads]).sum())
+
+    @property
+    def neurons_removed(self) -> int:
+        return int((~self.keep[self.space.n_heads :]).sum())
+
+    def __and__(self, other: Mask) -> Mask:
+        """The mask that removes what either removes."""
+        if self.space != other.space or self.fingerprint != other.fingerprint:
+            raise MaskError("Masks of different models cannot be combined.")
+        if self.ablation != other.ablation:
+            raise MaskError("A mask with zero ablation and one with mean ablation cannot be combined.")
+        return Mask(self.space, self.keep & other.keep, self.fingerprint, self.means)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        same = self.space == other.space and self.fingerprint == other.fingerprint
+        return same and self.ablation == other.ablation and bool((self.keep == other.keep).all())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> bytes:
+        """Bytes that identify the mask for one model: what a store of results is keyed by."""
+        return self.ablation.encode() + np.packbits(self.keep).tobytes()
+
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a mask that was made for another model.
+
+        Raises
+        ------
+        MaskError: the fingerprints or the unit counts differ.
+        """
+        if self.space != UnitSpace.of(model) or self.fingerprint != model.fingerprint:
+            raise MaskError(
+                f"This mask was made for another model (fingerprint {self.fingerprint}) than '{model.source}' "
+                f"(fingerprint {model.fingerprint}); load the model it was made for."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask to one small safetensors file."""
+        tensors = {"removed": self.removed.astype(np.int32)}
+        if self.means is not None:
+            for layer in range(self.space.n_layers):
+                off = ~self.keep[self.space.head_slice(layer)]
+                tensors[f"head_means.{layer}"] = np.ascontiguousarray(self.means.heads[layer][off])
+                off = ~self.keep[self.space.neuron_slice(layer)]
+                tensors[f"neuron_means.{layer}"] = np.ascontiguousarray(self.means.neurons[layer][off])
+        metadata = {
+            "format": MASK_FORMAT,
+            "fingerprint": self.fingerprint,
+            "ablation": self.ablation,
+            "space": json.dumps(asdict(self.space)),
+        }
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Read a mask file.
+
+        Raises
+        ------
+        MaskError: the file is missing or is not a mask.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("format") != MASK_FORMAT:
+                raise MaskError(f"'{path}' is not a Secateur mask.")
+            space = _space_from(json.loads(metadata["space"]))
+            keep = np.ones(len(space), dtype=bool)
+            keep[tensors["removed"]] = False
+            means = _means_from(tensors, space, keep) if metadata["ablation"] == "mean" else None
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise MaskError(f"The mask file '{path}' cannot be read: {error}.") from error
+        return cls(space, keep, metadata["fingerprint"], means)
+
+
+def _space_from(fields: dict[str, Any]) -> UnitSpace:
+    return UnitSpace(
+        heads=tuple(fields["heads"]),
+        kv_heads=tuple(fields["kv_heads"]),
+        neurons=tuple(fields["neurons"]),
+        head_dim=int(fields["head_dim"]),
+    )
+
+
+def _means_from(tensors: dict[str, np.ndarray], space: UnitSpace, keep: np.ndarray) -> ActivationMeans:
+    heads, neurons = [], []
+    for layer in range(space.n_layers):
+        head = np.zeros((space.heads[layer], space.head_dim), dtype=np.float32)
+        head[~keep[space.head_slice(layer)]] = tensors[f"head_means.{layer}"]
+        neuron = np.zeros(space.neurons[layer], dtype=np.float32)
+        neuron[~keep[space.neuron_slice(layer)]] = tensors[f"neuron_means.{layer}"]
+        heads.append(head)
+        neurons.append(neuron)
+    return ActivationMeans(tuple(heads), tuple(neurons))
+
+
+@dataclass
+class Gates:
+    """Multipliers for every unit: 1 leaves it as it is, 0 removes it.
+
+    Attributes
+    ----------
+    heads: per layer, a tensor (..., heads), or None for a layer that is left alone.
+    neurons: per layer, a tensor (..., neurons), or None.
+    means: what a unit at gate 0 gives; None for zero.
+
+    Leading dimensions broadcast against (batch, tokens), so a gate of shape (batch, 1, units)
+    gives every row its own, and one of shape (batch, tokens, units) every position. Gates may
+    require gradients.
+    """
+
+    heads: Sequence[Tensor | None]
+    neurons: Sequence[Tensor | None]
+    means: ActivationMeans | None = None
+
+    @classmethod
+    def ones(cls, model: LanguageModel, leading: tuple[int, ...] = (), means: ActivationMeans | None = None) -> Gates:
+        """Gates of 1 that require gradients, with the given leading dimensions."""
+
+        def leaf(module: nn.Module, width: int) -> Tensor:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            return torch.ones((*leading, width), dtype=torch.float32, device=weight.device, requires_grad=True)
+
+        heads = [leaf(m, n) for m, n in zip(model.attention_outputs, model.heads_per_layer, strict=True)]
+        neurons = [leaf(m, n) for m, n in zip(model.mlp_outputs, model.neurons_per_layer, strict=True)]
+        return cls(heads, neurons, means)
+
+    def leaves(self) -> list[Tensor]:
+        """All gate tensors in the flat order of the units."""
+        return [gate for gate in (*self.heads, *self.neurons) if gate is not None]
+
+
+@contextmanager
+def gated(model: LanguageModel, gates: Gates) -> Iterator[None]:
+    """Multiply every unit by its gate while the context lasts; the model is restored on any exit.
+
+    Contexts nest: the inner gates multiply what the outer ones left.
+    """
+    with ExitStack() as hooks:
+        for layer, module in enumerate(model.attention_outputs):
+            gate = gates.heads[layer]
+            if gate is not None:
+                mean = None if gates.means is None else gates.means.heads[layer]
+                hooks.callback(module.register_forward_pre_hook(_gate_hook(gate, mean, model.head_dim)).remove)
+        for layer, module in enumerate(model.mlp_outputs):
+            gate = gates.neurons[layer]
+            if gate is not None:
+                mean = None if gates.means is None else gates.means.neurons[layer]
+                hooks.callback(module.register_forward_pre_hook(_gate_hook(gate, mean, 1)).remove)
+        yield
+
+
+@contextmanager
+def masked(model: LanguageModel, mask: Mask | None) -> Iterator[None]:
+    """Remove a mask's units from a live model while the context lasts.
+
+    Raises
+    ------
+    MaskError: the mask was made for another model.
+    """
+    if mask is None:
+        yield
+        return
+    mask.check(model)
+    with gated(model, _mask_gates(mask)):
+        yield
+
+
+def _mask_gates(mask: Mask) -> Gates:
+    def gate(keep: np.ndarray) -> Tensor | None:
+        return None if keep.all() else torch.from_numpy(keep.astype(np.float32))
+
+    layers = range(mask.space.n_layers)
+    return Gates(
+        heads=[gate(mask.keep[mask.space.head_slice(layer)]) for layer in layers],
+        neurons=[gate(mask.keep[mask.space.neuron_slice(layer)]) for layer in layers],
+        means=mask.means,
+    )
+
+
+def _gate_hook(gate: Tensor, mean: np.ndarray | None, width: int) -> Any:
+    """Scale the input of an output projection, unit by unit; ``width`` values belong to one unit."""
+    constant = None if mean is None else torch.from_numpy(mean.reshape(-1))
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        activation = args[0]
+        scale = gate.to(activation.device)
+        if width > 1:
+            scale = scale.repeat_interleave(width, dim=-1)  # (..., heads) -> (..., heads * head_dim)
+        # The product is taken in the activation's precision; gates of 0 and 1 are exact in all.
+        scale = scale.to(activation.dtype)
+        scaled = activation * scale
+        if constant is not None:
+            scaled = scaled + constant.to(activation) * (1 - scale)
+        return (scaled, *args[1:])
+
+    return hook
+
+
+def check_ablation(ablation: str) -> Ablation:
+    """Validate the name of an ablation value."""
+    if ablation not in ("zero", "mean"):
+        raise SettingError(f"Unknown ablation '{ablation}'; choose zero or mean.")
+    return ablation  # type: ignore[return-value]
