@@ -113,7 +113,7 @@ def repair(
     ] = "control-colour",
     max_heads: Annotated[int, typer.Option(help="Most heads in a heads-only candidate.")] = 4,
     max_neurons: Annotated[int, typer.Option(help="Most neurons in a neurons-only candidate.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 7,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,

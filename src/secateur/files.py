@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from secateur.errors import OutputError
 
@@ -24,7 +25,7 @@ class OutputDirectory:
     """A directory that appears under its name only when everything is in it.
 
     Until then the files lie in ``NAME.partial`` beside it. After Ctrl-C or a kill that directory
-    stays, readable; after an error it is removed.
+    stays, readable; after an error it is removed, unless all that failed was giving it its name.
     """
 
     target: Path
@@ -62,17 +63,35 @@ class OutputDirectory:
         write_text(self.staging / name, to_json(content))
 
     def publish(self) -> None:
-        """Give the directory its name, in place of an older one where that is allowed."""
+        """Give the directory its name, in place of an older one where that is allowed.
+
+        Raises
+        ------
+        OutputError: the name cannot be given; the files stay in ``NAME.partial``.
+        """
+        where = f"the results are in '{self.staging}'"
         try:
-            if self.target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
-                self.target.rename(old / "old")
+            if not self.target.exists():
                 self.staging.rename(self.target)
-                shutil.rmtree(old, ignore_errors=True)
+            elif self.overwrite:
+                self._replace()
             else:
-                self.staging.rename(self.target)
+                raise OutputError(f"'{self.target}' has appeared meanwhile and is not replaced; {where}.")
         except OSError as error:
-            raise OutputError(f"'{self.target}' cannot be written: {error.strerror or error}.") from error
+            raise OutputError(f"'{self.target}' cannot be written: {error.strerror or error}; {where}.") from error
+
+    def _replace(self) -> None:
+        """Put the new directory in the place of the older one, which comes back if that fails."""
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
+        try:
+            self.target.rename(aside / "old")
+            self.staging.rename(self.target)
+        except OSError:
+            if (aside / "old").exists():
+                (aside / "old").rename(self.target)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -85,7 +104,7 @@ def check_target(target: str | Path, overwrite: bool) -> Path:
     ------
     OutputError: it exists and ``overwrite`` is off, is a file, or holds the current directory.
     """
-    target = Path(target).expanduser().absolute()
+    target = Path(target).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise OutputError(f"'{target}' is a file, not a directory; name another one.")
     if target == Path.cwd() or target in Path.cwd().parents:
@@ -100,19 +119,20 @@ def writing(output: OutputDirectory | None) -> Iterator[OutputDirectory | None]:
     """Publish on success, keep the partial state on Ctrl-C, remove it on any error."""
     try:
         yield output
-        if output is not None:
-            output.publish()
     except KeyboardInterrupt:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
         if output is None:
             raise
         output.discard()
-        raise OutputError(f"'{output.target}' cannot be written: {error.strerror or error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
     except BaseException:
         if output is not None:
             output.discard()
         raise
+    if output is not None:
+        output.publish()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,8 +160,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value

@@ -7,6 +7,7 @@ searches are plain vectors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -168,7 +169,10 @@ class Mask:
         space = UnitSpace.of(model)
         keep = np.ones(len(space), dtype=bool)
         for unit in units:
-            keep[space.flat(unit) if isinstance(unit, Unit) else int(unit)] = False
+            flat = space.flat(unit) if isinstance(unit, Unit) else int(unit)
+            if not 0 <= flat < len(space):
+                raise MaskError(f"The model has no unit at position {flat}; it has {len(space)} units.")
+            keep[flat] = False
         return cls(space, keep, model.fingerprint, means)
 
     @property
@@ -198,13 +202,13 @@ class Mask:
             raise MaskError("Masks of different models cannot be combined.")
         if self.ablation != other.ablation:
             raise MaskError("A mask with zero ablation and one with mean ablation cannot be combined.")
-        return Mask(self.space, self.keep & other.keep, self.fingerprint, self.means)
+        return Mask(self.space, self.keep & other.keep, self.fingerprint, _joined_means(self, other))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
         same = self.space == other.space and self.fingerprint == other.fingerprint
-        return same and self.ablation == other.ablation and bool((self.keep == other.keep).all())
+        return same and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -212,7 +216,10 @@ class Mask:
     @property
     def key(self) -> bytes:
         """Bytes that identify the mask for one model: what a store of results is keyed by."""
-        return self.ablation.encode() + np.packbits(self.keep).tobytes()
+        means = hashlib.sha256()
+        for values in self._removed_means().values():
+            means.update(values.tobytes())
+        return self.ablation.encode() + np.packbits(self.keep).tobytes() + means.digest()
 
     def check(self, model: LanguageModel) -> None:
         """Refuse a mask that was made for another model.
@@ -229,13 +236,7 @@ class Mask:
 
     def save(self, path: str | Path) -> None:
         """Write the mask to one small safetensors file."""
-        tensors = {"removed": self.removed.astype(np.int32)}
-        if self.means is not None:
-            for layer in range(self.space.n_layers):
-                off = ~self.keep[self.space.head_slice(layer)]
-                tensors[f"head_means.{layer}"] = np.ascontiguousarray(self.means.heads[layer][off])
-                off = ~self.keep[self.space.neuron_slice(layer)]
-                tensors[f"neuron_means.{layer}"] = np.ascontiguousarray(self.means.neurons[layer][off])
+        tensors = {"removed": self.removed.astype(np.int32), **self._removed_means()}
         metadata = {
             "format": MASK_FORMAT,
             "fingerprint": self.fingerprint,
@@ -243,6 +244,18 @@ class Mask:
             "space": json.dumps(asdict(self.space)),
         }
         save_file(tensors, str(path), metadata=metadata)
+
+    def _removed_means(self) -> dict[str, np.ndarray]:
+        """The means of the removed units by layer, as the mask's file holds them; empty for zero ablation."""
+        if self.means is None:
+            return {}
+        tensors = {}
+        for layer in range(self.space.n_layers):
+            off = ~self.keep[self.space.head_slice(layer)]
+            tensors[f"head_means.{layer}"] = np.ascontiguousarray(self.means.heads[layer][off])
+            off = ~self.keep[self.space.neuron_slice(layer)]
+            tensors[f"neuron_means.{layer}"] = np.ascontiguousarray(self.means.neurons[layer][off])
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -260,11 +273,13 @@ class Mask:
                 raise MaskError(f"'{path}' is not a Secateur mask.")
             space = _space_from(json.loads(metadata["space"]))
             keep = np.ones(len(space), dtype=bool)
+            if (tensors["removed"] < 0).any() or metadata["ablation"] not in ("zero", "mean"):
+                raise ValueError("it has a negative unit or an unknown ablation")
             keep[tensors["removed"]] = False
             means = _means_from(tensors, space, keep) if metadata["ablation"] == "mean" else None
-        except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError) as error:
+            return cls(space, keep, metadata["fingerprint"], means)
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise MaskError(f"The mask file '{path}' cannot be read: {error}.") from error
-        return cls(space, keep, metadata["fingerprint"], means)
 
 
 def _space_from(fields: dict[str, Any]) -> UnitSpace:
@@ -286,6 +301,26 @@ def _means_from(tensors: dict[str, np.ndarray], space: UnitSpace, keep: np.ndarr
         heads.append(head)
         neurons.append(neuron)
     return ActivationMeans(tuple(heads), tuple(neurons))
+
+
+def _joined_means(one: Mask, other: Mask) -> ActivationMeans | None:
+    """For every unit that one of two masks removes, the mean from the mask that removes it."""
+    if one.means is None or other.means is None:
+        return None
+
+    def join(part: slice, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        off, also_off = ~one.keep[part], ~other.keep[part]
+        if not np.array_equal(first[off & also_off], second[off & also_off]):
+            raise MaskError("Masks with different means for the same unit cannot be combined.")
+        joined = second.copy()
+        joined[off] = first[off]
+        return joined
+
+    space, layers = one.space, range(one.space.n_layers)
+    return ActivationMeans(
+        heads=tuple(join(space.head_slice(i), one.means.heads[i], other.means.heads[i]) for i in layers),
+        neurons=tuple(join(space.neuron_slice(i), one.means.neurons[i], other.means.neurons[i]) for i in layers),
+    )
 
 
 @dataclass
@@ -383,12 +418,19 @@ def _gate_hook(gate: Tensor, mean: np.ndarray | None, width: int) -> Any:
             scale = scale.repeat_interleave(width, dim=-1)  # (..., heads) -> (..., heads * head_dim)
         # The product is taken in the activation's precision; gates of 0 and 1 are exact in all.
         scale = scale.to(activation.dtype)
-        scaled = activation * scale
+        flattened = activation.dim() == 2 and scale.dim() == 3  # OPT's MLP sees (batch * tokens, neurons)
+        scaled = (_unflattened(activation, scale) if flattened else activation) * scale
         if constant is not None:
             scaled = scaled + constant.to(activation) * (1 - scale)
-        return (scaled, *args[1:])
+        return (scaled.flatten(0, 1) if flattened else scaled, *args[1:])
 
     return hook
+
+
+def _unflattened(activation: Tensor, scale: Tensor) -> Tensor:
+    """(batch * tokens, units) to what broadcasts against a gate (batch or 1, tokens or 1, units)."""
+    rows, columns, width = scale.shape
+    return activation.reshape(rows, -1, width) if rows > 1 else activation.reshape(-1, columns, width)
 
 
 def check_ablation(ablation: str) -> Ablation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, pack
 from secateur.measures.disparity import Interval, Table
@@ -46,15 +47,20 @@ class Evaluator:
     prompts: what is asked.
     text: neutral text for the utility, or None.
     batch_size: prompts in one forward pass.
+    divergence: also measure KL(unpruned || masked) with the utility; keeps the unpruned model's
+        hidden states, (tokens, hidden), and needs it to be measured first.
     """
 
     model: LanguageModel
     prompts: PromptSet
     text: NeutralText | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
+    divergence: bool = False
     batches: list[Batch] = field(init=False)
     _y: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
     _nll: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
+    _kl: dict[bytes, float] = field(init=False, default_factory=dict)
+    _unpruned: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.batches = pack(self.model, self.prompts, self.batch_size)
@@ -81,6 +87,10 @@ class Evaluator:
             if utility and key not in self._nll:
                 states = hidden_states(self.model, self._text, advance)
                 self._nll[key] = negative_log_likelihood(self.model, self._text, states)
+                if self.divergence and not key:
+                    self._unpruned = states
+                if self.divergence:
+                    self._kl[key] = kl_divergence(self.model, self._unpruned, states)
             elif utility:
                 advance(len(self._text.windows))
         table = Table(self.prompts.table(self._y[key]), self.prompts.groups)
@@ -94,12 +104,11 @@ class Evaluator:
         """Relative increase over the unpruned model, with its interval over windows."""
         return perplexity_increase(self._likelihood(None), self._likelihood(mask), self._text, seed)
 
-    def kl_divergence(self, mask: Mask, advance: Advance = lambda _: None) -> float:
-        """KL(unpruned || masked) on the neutral text, nats per token."""
-        before = hidden_states(self.model, self._text, advance)
-        with masked(self.model, mask):
-            after = hidden_states(self.model, self._text, advance)
-        return kl_divergence(self.model, before, after)
+    def kl_divergence(self, mask: Mask) -> float:
+        """KL(unpruned || masked) on the neutral text, nats per token; see ``divergence``."""
+        self.evaluate(None, utility=True)
+        self.evaluate(mask, utility=True)
+        return self._kl[_key(mask)]
 
     @property
     def _text(self) -> NeutralText:

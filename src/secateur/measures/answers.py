@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
 
 DEFAULT_BATCH_SIZE = 64
 # Attention over a packed row grows with its square; beyond this length packing costs more than it saves.
-MAX_TREE_TOKENS = 768
+MAX_TREE_TOKENS = 448
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,36 +90,38 @@ def _pack(model: LanguageModel, prompts: list[Prompt], use_tree_layout: bool) ->
     tokens: list[int] = []
     answers: list[int] = []
     count = 0
-    ends: list[tuple[int, int]] = []
+    reads: list[tuple[int, int]] = []
     for number, prompt in enumerate(prompts):
         for answer, sources in zip(prompt.answers, _insert(tree, prompt), strict=True):
             nodes += sources
             tokens += answer
             answers += [count] * len(answer)
-            ends.append((number, sources[-1]))
+            reads += [(number, node) for node in sources]
             count += 1
     unique, read = torch.unique(torch.tensor(nodes), return_inverse=True)
     padding = model.tokenizer.pad_token_id or 0
     layout = lay_out_tree(tree, model.dtype) if use_tree_layout else lay_out_rows(tree, padding)
-    owner = _owners(tree, layout, ends)
+    owner = _owners(tree, layout, reads)
     return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), tuple(prompts), owner)
 
 
-def _owners(tree: TokenTree, layout: Layout, ends: list[tuple[int, int]]) -> Tensor:
-    """The only prompt that passes through each position, given the (prompt, last node) of every answer."""
+def _owners(tree: TokenTree, layout: Layout, reads: list[tuple[int, int]]) -> Tensor:
+    """The only prompt that passes through each position, given the (prompt, node) of every read."""
     unseen, shared = -2, -1
-    owner = [unseen] * len(tree)
-    for prompt, node in ends:
-        while node >= 0 and owner[node] not in (prompt, shared):
-            owner[node] = prompt if owner[node] == unseen else shared
-            node = tree.parents[node]
     if len(layout.input_ids) == 1:
+        owner = [unseen] * len(tree)
+        for prompt, node in reads:
+            while node >= 0 and owner[node] not in (prompt, shared):
+                owner[node] = prompt if owner[node] == unseen else shared
+                node = tree.parents[node]
         return torch.tensor([owner])
-    # A padded row repeats what its path shares with others, but computes it for its own leaf alone.
-    positions = torch.full(layout.input_ids.shape, shared)
-    for leaf in set(range(len(tree))) - set(tree.parents):
-        positions[layout.row[leaf]] = owner[leaf]
-    return positions
+    # A row of padded rows repeats what its path shares with others, but serves only those that read from it.
+    rows, columns = layout.row.tolist(), layout.column.tolist()
+    positions = np.full(tuple(layout.input_ids.shape), unseen)
+    for prompt, node in reads:
+        path = positions[rows[node], : columns[node] + 1]
+        path[:] = np.where((path == unseen) | (path == prompt), prompt, shared)
+    return torch.from_numpy(np.maximum(positions, shared))
 
 
 def answer_log_probabilities(model: LanguageModel, batch: Batch) -> Tensor:

@@ -37,6 +37,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def standard_error(self) -> float:
+        """Standard error that a symmetric 95 % interval of this width stands for."""
+        return (self.high - self.low) / (2 * 1.96)
+
     def as_dict(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
 

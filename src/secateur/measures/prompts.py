@@ -14,8 +14,10 @@ from secateur.models import LanguageModel
 from secateur.suites import LikelihoodPair, Preference, Suite, fill, fill_text
 
 ChatMode = Literal["auto", "chat", "plain"]
-# Answer tokenisation depends on the text just before the answer; this many characters of it.
+# Answer tokenisation depends on the text just before the answer; this many characters of it, and,
+# where one unbroken word is longer, on where its last tokens begin.
 BOUNDARY = 24
+BOUNDARY_TOKENS = 4
 # Chat templates that print today's date or think aloud would make results depend on the day or
 # start the reply elsewhere; templates that know nothing of these arguments ignore them.
 TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "1 January 2026", "enable_thinking": False}
@@ -62,6 +64,11 @@ class PromptSet:
     @property
     def scenarios(self) -> list[int]:
         return sorted({prompt.scenario for prompt in self.prompts})
+
+    def of_scenarios(self, scenarios: set[int]) -> PromptSet:
+        """The prompts of some scenarios only."""
+        prompts = tuple(prompt for prompt in self.prompts if prompt.scenario in scenarios)
+        return PromptSet(self.suite, prompts, self.markers, self.groups)
 
     def table(self, y: np.ndarray) -> np.ndarray:
         """Arrange y by prompt, (prompts,), as (scenarios, markers), averaged over paraphrases."""
@@ -142,7 +149,7 @@ class _Tokeniser:
         self.model = model
         self.chat: ChatMode = chat
         self.plain = chat == "plain" or (chat == "auto" and not model.is_chat)
-        self.known: dict[tuple[str, tuple[str, ...]], tuple[int, list[list[int]]]] = {}
+        self.known: dict[tuple[str, tuple[int, ...], tuple[str, ...]], tuple[int, list[list[int]]]] = {}
 
     def encode(self, text: str) -> list[int]:
         # A chat template writes its own special tokens.
@@ -155,7 +162,7 @@ class _Tokeniser:
         text = "" if no_text else render(self.model, message, reply, self.chat)
         candidates = candidate_texts(measure, word)
         context = self.encode(text)
-        key = (text[-BOUNDARY:], tuple(candidates))
+        key = (text[-BOUNDARY:], tuple(context[-BOUNDARY_TOKENS:]), tuple(candidates))
         if key not in self.known:
             self.known[key] = self._split(text, context, candidates)
         dropped, answers = self.known[key]

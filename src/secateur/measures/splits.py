@@ -15,7 +15,7 @@ from secateur.errors import SuiteError
 from secateur.suites import Suite
 
 PartName = Literal["fit", "select", "test"]
-MARKER_SHARES = {"fit": 0.35, "select": 0.25, "test": 0.40}
+MARKER_SHARES = {"fit": 0.40, "select": 0.20, "test": 0.40}
 MIN_MARKERS = 2
 
 
@@ -58,7 +58,7 @@ def whole(suite: Suite) -> Part:
 def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits:
     """Divide a suite's markers and paraphrases, deterministically in the seed.
 
-    Within each group 35 % of the markers go to fit, 25 % to select and the rest to test. Of each
+    Within each group 40 % of the markers go to fit, 20 % to select and the rest to test. Of each
     scenario's paraphrases, shuffled, one goes to fit, one to select and the rest to test.
 
     Parameters

@@ -20,7 +20,7 @@ from secateur.units import ActivationMeans
 
 DEFAULT_CORPUS = Path(__file__).parent / "corpus" / "neutral-en.txt"
 WINDOW = 256
-STRIDE = 192
+STRIDE = 224
 MIN_WORDS = 300
 BLOCK_WORDS = 150
 DEFAULT_UTILITY_TOKENS = 6144

@@ -13,7 +13,7 @@ from secateur.units import ActivationMeans, Mask
 
 # Standard errors that a unit's effect must keep to spare: tens of thousands of units compete, and
 # the largest effects of the fit markers are in part luck.
-CONFIDENCE = 2.0
+CONFIDENCE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Scores:
 
     Attributes
     ----------
-    effect: (units,), change of the signed disparity; negative where bias falls.
+    effect: (units,), change of the disparity D; negative where bias falls.
     error: (units,), standard error of the effect over markers; zero where a scorer has none.
     cost: (units,), positive; what removing the unit costs in utility.
     """

@@ -12,8 +12,8 @@ from secateur.scoring import Scores
 from secateur.units import UnitSpace
 
 CandidateKind = Literal["heads", "neurons", "both"]
-STEP_SHARE = 0.35
-MAX_STEP = 40
+STEP_SHARE = 1.0
+MAX_STEP = 80
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +41,10 @@ def ranking(scores: Scores, space: UnitSpace, kind: CandidateKind, removed: np.n
     return np.asarray(order[eligible[order]])
 
 
-def geometric_counts(largest: int, factor: float = 4.0) -> list[int]:
-    """1, 4, 16, ... up to a largest count, which is included."""
-    counts, count = [], 1.0
-    while count < largest:
-        counts.append(int(count))
-        count *= factor
-    return [*counts, largest] if largest >= 1 else []
+def geometric_counts(largest: int, steps: int = 2, factor: int = 4) -> list[int]:
+    """Up to ``steps`` counts that grow by ``factor`` and end at the largest: 16, 64 for 64."""
+    counts = [largest // factor**step for step in range(steps)]
+    return sorted(count for count in counts if count >= 1)
 
 
 def top_units(scores: Scores, space: UnitSpace, kind: CandidateKind, counts: list[int]) -> Iterator[Selection]:
@@ -59,18 +56,23 @@ def top_units(scores: Scores, space: UnitSpace, kind: CandidateKind, counts: lis
 
 
 def next_step(
-    scores: Scores, space: UnitSpace, kind: CandidateKind, removed: np.ndarray, disparity: float
+    scores: Scores,
+    space: UnitSpace,
+    kind: CandidateKind,
+    removed: np.ndarray,
+    disparity: float,
+    largest: int = MAX_STEP,
 ) -> np.ndarray:
     """Add to ``removed`` the units that are predicted to take away a share of the disparity.
 
     A first-order prediction holds for small steps, so each step aims at ``STEP_SHARE`` of what is
-    left, with at most ``MAX_STEP`` units; scores are computed anew before the next.
+    left, with at most ``largest`` units; scores are computed anew before the next.
 
     Parameters
     ----------
-    disparity: the signed disparity D that ``scores.effect`` refers to, as it is now.
+    disparity: the disparity D that ``scores.effect`` refers to, as it is now.
     """
     order = ranking(scores, space, kind, removed)
     predicted = np.cumsum(-scores.effect[order])
-    count = min(int(np.searchsorted(predicted, STEP_SHARE * disparity)) + 1, MAX_STEP, len(order))
+    count = min(int(np.searchsorted(predicted, STEP_SHARE * disparity)) + 1, largest, len(order))
     return np.concatenate([removed, order[:count]]).astype(int)

@@ -71,7 +71,7 @@ def load_plan(path: str | Path) -> Plan:
         raise MaskError(f"There is no plan at '{file}'.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MaskError(f"The plan '{file}' cannot be read: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != PLAN_FORMAT:
+    if not isinstance(record, dict) or record.get("format") != PLAN_FORMAT or "mask" not in record:
         raise MaskError(f"'{file}' is not a Secateur plan.")
     mask_name = str(record["mask"])
     if Path(mask_name).name != mask_name:

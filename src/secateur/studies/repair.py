@@ -12,8 +12,8 @@ import numpy as np
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
-from secateur.measures.disparity import Comparison, Interval, compare, corrected_square, statistics, suite_bias
-from secateur.measures.prompts import ChatMode, build_prompts
+from secateur.measures.disparity import Comparison, Interval, compare, corrected_square, suite_bias
+from secateur.measures.prompts import ChatMode, PromptSet, build_prompts
 from secateur.measures.splits import Splits, split
 from secateur.measures.utility import (
     DEFAULT_UTILITY_TOKENS,
@@ -25,7 +25,8 @@ from secateur.measures.utility import (
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring import Scorer, Scores, scorer
-from secateur.search.elimination import CandidateKind, Selection, geometric_counts, next_step, top_units
+from secateur.scoring.attribution import disparity
+from secateur.search.elimination import MAX_STEP, CandidateKind, Selection, geometric_counts, next_step, top_units
 from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
@@ -34,6 +35,7 @@ from secateur.units import ActivationMeans, Mask, UnitSpace, check_ablation
 
 Verdict = str
 VERIFIED, NOT_VERIFIED = "verified", "not verified"
+FOLD_PROMPTS = 256
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class RepairSettings:
     control_suite: str | None = "control-colour"
     max_heads: int = 4
     max_neurons: int = 64
-    rounds: int = 8
+    rounds: int = 7
 
     def check(self) -> None:
         """Refuse settings that make no sense, before anything expensive.
@@ -102,7 +104,8 @@ class CandidateRecord:
     ----------
     bias: corrected suite bias B. bias_square: B^2 before the root, negative below the noise.
     perplexity_increase, perplexity_high: relative increase and the upper end of its 95 % interval.
-    within_limit: whether that upper end keeps to the limit.
+    within_limit: whether the increase plus one standard error keeps to the limit, so that the limit
+        is likely to hold on other text, too.
     """
 
     kind: CandidateKind
@@ -248,10 +251,14 @@ def repair(
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """The three parts, tokenised and packed, and the text that goes with each."""
+    """The three parts, tokenised and packed, and the text that goes with each.
+
+    Fit is dealt into folds of scenarios, each with all markers: scoring in rounds takes one fold
+    after the other, which is faster and keeps any round from fitting its own prompts too well.
+    """
 
     splits: Splits
-    fit: Evaluator
+    fit: list[Evaluator]
     select: Evaluator
     test: Evaluator
     control: Evaluator | None
@@ -262,21 +269,30 @@ class _Data:
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 
-        def evaluator(asked: Suite, name: str, parts: Splits, neutral: NeutralText | None) -> Evaluator:
-            prompts = build_prompts(model, asked, getattr(parts, name), settings.chat)
-            return Evaluator(model, prompts, neutral, settings.batch_size)
+        def evaluator(prompts: PromptSet, neutral: NeutralText | None = None, divergence: bool = False) -> Evaluator:
+            return Evaluator(model, prompts, neutral, settings.batch_size, divergence)
 
         control = None
         if settings.control_suite is not None:
             asked = load_suite(settings.control_suite)
-            control = evaluator(asked, "select", split(asked, settings.seed), None)
+            part = split(asked, settings.seed).select
+            control = evaluator(build_prompts(model, asked, part, settings.chat))
+        fit = build_prompts(model, suite, splits.fit, settings.chat)
+        select = build_prompts(model, suite, splits.select, settings.chat)
+        test = build_prompts(model, suite, splits.test, settings.chat)
         return cls(
             splits=splits,
-            fit=evaluator(suite, "fit", splits, text["fit"]),
-            select=evaluator(suite, "select", splits, text["select"]),
-            test=evaluator(suite, "test", splits, text["test"]),
+            fit=[evaluator(fold, text["fit"]) for fold in folds(fit)],
+            select=evaluator(select, text["select"]),
+            test=evaluator(test, text["test"], divergence=True),
             control=control,
         )
+
+
+def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
+    """Deal the scenarios of a set into folds of about ``size`` prompts each."""
+    number = min(len(prompts.scenarios), max(1, round(len(prompts) / size)))
+    return [prompts.of_scenarios(set(prompts.scenarios[i::number])) for i in range(number)]
 
 
 @dataclass(eq=False)
@@ -298,11 +314,11 @@ class _Run:
 
     def search(self) -> Scores:
         """Measure every candidate on select; return the scores of the unpruned model."""
-        select, fit = self.data.select, self.data.fit
+        select, text = self.data.select, self.data.fit[0].text
         if self.settings.ablation == "mean":
-            assert fit.text is not None
-            with self.recorder.step("Mean activations", len(fit.text.windows)) as advance:
-                self.means = activation_means(self.model, fit.text, advance)
+            assert text is not None
+            with self.recorder.step("Mean activations", len(text.windows)) as advance:
+                self.means = activation_means(self.model, text, advance)
         with self.recorder.step("Measure the unpruned model", select.work(utility=True)) as advance:
             select.evaluate(None, advance, utility=True)
         method = scorer(self.settings.method)
@@ -312,9 +328,13 @@ class _Run:
         self._eliminate(method, scores)
         return scores
 
-    def _score(self, method: Scorer, mask: Mask | None) -> Scores:
-        with self.recorder.step("Score every head and neuron", method.work(self.data.fit)) as advance:
-            return method.score(self.data.fit, mask, self.means, advance)
+    def _score(self, method: Scorer, mask: Mask | None, number: int = 0) -> Scores:
+        fold = self._fold(number)
+        with self.recorder.step("Score every head and neuron", method.work(fold)) as advance:
+            return method.score(fold, mask, self.means, advance)
+
+    def _fold(self, number: int) -> Evaluator:
+        return self.data.fit[number % len(self.data.fit)]
 
     def _ranked(self, scores: Scores) -> Iterator[Selection]:
         space = UnitSpace.of(self.model)
@@ -329,20 +349,27 @@ class _Run:
                     break  # more of the same kind would cost even more
 
     def _eliminate(self, method: Scorer, scores: Scores) -> None:
-        """Remove heads and neurons together in rounds, scoring anew after each."""
+        """Remove heads and neurons together in rounds, scoring anew on the next fold after each.
+
+        A step that breaks the utility limit is taken back and tried again with a quarter of its
+        units: some units cost far more together than their second-order costs say.
+        """
         space = UnitSpace.of(self.model)
         removed = np.zeros(0, dtype=int)
+        largest = MAX_STEP
         for number in range(self.settings.rounds):
-            table = self.data.fit.evaluate(self._mask(removed)).table
-            smd = np.abs(statistics(table)["smd"])
-            grown = next_step(scores, space, "both", removed, float((smd**2).sum() / smd.sum()))
+            table = self._fold(number).evaluate(self._mask(removed)).table
+            grown = next_step(scores, space, "both", removed, disparity(table), largest)
             if len(grown) == len(removed):
                 return
-            removed = grown
-            record = self._measure(Selection("both", removed))
-            if record.perplexity_increase > 2 * self.limit or number + 1 == self.settings.rounds:
+            record = self._measure(Selection("both", grown))
+            if record.within_limit:
+                removed, largest = grown, min(2 * largest, MAX_STEP)
+            else:
+                largest = (len(grown) - len(removed)) // 4
+            if largest == 0 or number + 1 == self.settings.rounds:
                 return
-            scores = self._score(method, self._mask(removed))
+            scores = self._score(method, self._mask(removed), number + 1)
 
     def _mask(self, removed: np.ndarray) -> Mask:
         return Mask.removing(self.model, removed, self.means)
@@ -364,7 +391,7 @@ class _Run:
             mean_abs_gap=bias.mean_abs_gap,
             perplexity_increase=increase.value,
             perplexity_high=increase.high,
-            within_limit=increase.high <= self.limit,
+            within_limit=increase.value + increase.standard_error <= self.limit,
         )
         self.candidates.append((mask, record))
         self.save_partial(
@@ -400,9 +427,6 @@ class _Run:
             after = test.evaluate(mask, advance, utility=True).table
         random = self._random(mask)
         control = self._control(mask)
-        windows = 2 * len(test.text.windows) if test.text else 0
-        with self.recorder.step("Divergence from the unpruned model", windows) as advance:
-            kl = test.kl_divergence(mask, advance)
         comparison = compare(before, after, seed)
         increase = test.perplexity_increase(mask, seed)
         verdict, explanation = judge(comparison, increase, random, self.limit)
@@ -424,7 +448,7 @@ class _Run:
             perplexity_before=test.perplexity(),
             perplexity_after=test.perplexity(mask),
             perplexity_increase=increase,
-            kl=kl,
+            kl=test.kl_divergence(mask),
             test_before=describe_scenarios(self.suite, before, seed),
             test_after=describe_scenarios(self.suite, after, seed),
         )

@@ -66,7 +66,7 @@ def _read(path: Path) -> Any:
         raise SuiteError(f"There is no suite file at '{path}'.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"The suite file '{path}' cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2020-13-45 is a plain ValueError
         raise SuiteError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(document, dict):
         raise SuiteError(f"'{path}' must be a mapping with the fields name, attribute, groups and scenarios.")
@@ -89,7 +89,9 @@ def _validate(document: dict[str, Any], path: Path) -> Suite:
 def _resolve(document: dict[str, Any], field: str, path: Path) -> None:
     """Replace a reference to a shared file of groups or scenarios by what it holds."""
     if field not in document:
-        raise SuiteError(f"'{path}': the field '{field}' is missing.{_near_misses(field, document)}")
+        near = difflib.get_close_matches(field, [str(key) for key in document], n=1, cutoff=0.7)
+        hint = f" Did you write '{near[0]}' for '{field}'?" if near else ""
+        raise SuiteError(f"'{path}': the field '{field}' is missing.{hint}")
     reference = document[field]
     if not isinstance(reference, str):
         return
@@ -100,8 +102,9 @@ def _resolve(document: dict[str, Any], field: str, path: Path) -> None:
         raise SuiteError(f"'{path}': {field} '{reference}' is not a file.{_near_misses(reference, known)}")
     content = _read(shared)
     document[field] = content.get(field)
-    if content.get("sources"):
-        document["sources"] = list(dict.fromkeys([*document.get("sources", []), *content["sources"]]))
+    own = document.get("sources") or []
+    if content.get("sources") and isinstance(own, list):
+        document["sources"] = [*own, *(source for source in content["sources"] if source not in own)]
 
 
 def _expand(scenario: Any, default_measure: Any) -> Any:
@@ -122,12 +125,15 @@ def _expand(scenario: Any, default_measure: Any) -> Any:
 
 
 def _explain(error: ValidationError, path: Path, document: dict[str, Any]) -> str:
-    """One sentence for the first fault: file, field, expectation, near misses."""
-    fault = error.errors()[0]
+    """One sentence for the first fault: file, field, expectation, near misses.
+
+    A field that is not known comes first: as a rule it is what another, missing field should be.
+    """
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in fault["loc"])
     scenario = _scenario_id(fault["loc"], document)
     field = f"field '{where}'{scenario}" if where else "the suite"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = " ".join(fault["msg"].removeprefix("Value error, ").split())
     near = ""
     if fault["type"] == "extra_forbidden":
         message = "this field is not known"

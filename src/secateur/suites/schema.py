@@ -37,7 +37,7 @@ class Quantity(Strict):
     """y = sum_v w_v log v, w the softmax of the candidates' log-likelihoods; in log units."""
 
     kind: Literal["quantity"]
-    values: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
+    values: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2)]
     format: str = "{}"
     unit: str = ""
 
@@ -54,7 +54,7 @@ class Quantity(Strict):
         try:
             if text.format(1) == text.format(2):
                 raise ValueError
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise ValueError("the format must hold one {} for the value, such as '{},' or '{:,}'") from error
         return text
 

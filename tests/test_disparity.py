@@ -1,0 +1,278 @@
+"""Disparities against plain loops; nulls, intervals and comparisons against planted truths."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.measures.disparity import (
+    Interval,
+    Table,
+    bootstrap_squares,
+    compare,
+    corrected_square,
+    group_means,
+    holm,
+    interval_of_bias,
+    largest_pairs,
+    null,
+    permutation_p_values,
+    reduction,
+    scenario_intervals,
+    statistics,
+    suite_bias,
+)
+
+SCENARIOS = 12
+MARKERS = 16  # per group
+
+
+def simulate(seed: int, effect: float = 0.0, n_groups: int = 2, markers: int = MARKERS) -> Table:
+    """Unit noise, half of it shared by a marker's scenarios; the first group stands ``effect`` higher."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(n_groups), markers)
+    shared = rng.normal(size=len(groups))
+    noise = (shared + rng.normal(size=(SCENARIOS, len(groups)))) / math.sqrt(2)
+    return Table(noise + effect * (groups == 0), groups)
+
+
+def shuffled_table(seed: int, n_groups: int) -> Table:
+    """Groups of different sizes in any order, means and spreads that differ by scenario."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(n_groups), np.arange(3, 3 + n_groups)))
+    scale, shift = rng.uniform(0.5, 5, size=(6, 1)), rng.normal(0, 50, size=(6, 1))
+    return Table(shift + scale * (rng.normal(size=(6, len(groups))) + 0.7 * groups), groups)
+
+
+def by_group(table: Table, scenario: int) -> list[list[float]]:
+    values: list[list[float]] = [[] for _ in range(table.n_groups)]
+    for y, group in zip(table.y[scenario], table.groups, strict=True):
+        values[group].append(float(y))
+    return values
+
+
+def smd_of(one: list[float], other: list[float]) -> float:
+    return (fmean(one) - fmean(other)) / math.sqrt((stdev(one) ** 2 + stdev(other) ** 2) / 2)
+
+
+@pytest.mark.parametrize("n_groups", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_statistics_equal_plain_loops(n_groups: int, seed: int) -> None:
+    table = shuffled_table(seed, n_groups)
+    result, means = statistics(table), group_means(table)
+    for scenario in range(len(table.y)):
+        groups = by_group(table, scenario)
+        pair = max(combinations(range(n_groups), 2), key=lambda p: abs(smd_of(groups[p[0]], groups[p[1]])))
+        one, other = groups[pair[0]], groups[pair[1]]
+        centre = fmean(fmean(group) for group in groups)
+        assert largest_pairs(table)[scenario] == pair
+        assert result["smd"][scenario] == pytest.approx(smd_of(one, other))
+        assert result["gap"][scenario] == pytest.approx(fmean(one) - fmean(other))
+        assert result["deviation"][scenario] == pytest.approx(sum(abs(fmean(group) - centre) for group in groups))
+        assert means[scenario] == pytest.approx([fmean(group) for group in groups])
+
+
+@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100), shift=st.floats(-100, 100))
+def test_smd_keeps_its_value_under_scaling_and_the_gap_scales(seed: int, scale: float, shift: float) -> None:
+    table = shuffled_table(seed, 3)
+    before, after = statistics(table), statistics(Table(scale * table.y + shift, table.groups))
+    np.testing.assert_allclose(after["smd"], before["smd"], rtol=1e-6)
+    np.testing.assert_allclose(after["gap"], scale * before["gap"], rtol=1e-6)
+    np.testing.assert_allclose(after["deviation"], scale * before["deviation"], rtol=1e-6)
+
+
+def test_sign_is_first_group_minus_second() -> None:
+    result = statistics(Table(np.array([[2.0, 3.0, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]]), np.array([0, 0, 1, 1])))
+    np.testing.assert_allclose(result["gap"], [2, -2])
+    np.testing.assert_allclose(result["smd"], [2 / math.sqrt(0.5), -2 / math.sqrt(0.5)])
+
+
+def test_constant_answers_have_no_disparity() -> None:
+    table = Table(np.full((2, 8), 3.0), np.repeat([0, 1], 4))
+    for values in statistics(table).values():
+        np.testing.assert_array_equal(values, 0)
+    assert suite_bias(table).corrected == 0
+    assert interval_of_bias(table) == Interval(0, 0, 0)
+
+
+@pytest.mark.parametrize("markers", [8, 16, 32])
+def test_null_is_the_known_noise_floor(markers: int) -> None:
+    floor = fmean(np.abs(null(simulate(seed, markers=markers), seed)["smd"]).mean() for seed in range(8))
+    assert floor == pytest.approx(0.8 * math.sqrt(2 / markers), rel=0.1)
+
+
+def test_null_shuffles_all_scenarios_alike() -> None:
+    table = simulate(0, effect=1)
+    twice = Table(np.vstack([table.y[:1], 2 * table.y[:1]]), table.groups)
+    shuffled = null(twice)["smd"]
+    np.testing.assert_allclose(shuffled[:, 0], shuffled[:, 1], rtol=1e-9)
+    assert len(np.unique(shuffled[:, 0].round(9))) > 300
+
+
+def test_null_is_about_the_same_with_and_without_an_effect() -> None:
+    without, planted = (suite_bias(simulate(0, effect)).null_abs_smd for effect in (0.0, 2.0))
+    assert planted == pytest.approx(without, rel=0.1)
+
+
+def test_suite_figures_are_means_over_scenarios() -> None:
+    table = shuffled_table(1, 3)
+    bias, observed, shuffled = suite_bias(table, 5), statistics(table), null(table, 5)
+    assert bias.mean_abs_smd == pytest.approx(fmean(abs(v) for v in observed["smd"]))
+    assert bias.mean_abs_gap == pytest.approx(fmean(abs(v) for v in observed["gap"]))
+    assert bias.deviation == pytest.approx(fmean(observed["deviation"]))
+    assert bias.null_abs_smd == pytest.approx(fmean(abs(v) for v in shuffled["smd"].flatten()))
+    square = fmean(v**2 for v in observed["smd"]) - fmean(v**2 for v in shuffled["smd"].flatten())
+    assert square > 0
+    assert corrected_square(table, 5) == pytest.approx(square)
+    assert bias.corrected == pytest.approx(math.sqrt(square))
+
+
+def test_corrected_square_is_zero_on_noise_on_average() -> None:
+    raw = [float((statistics(simulate(seed))["smd"] ** 2).mean()) for seed in range(60)]
+    corrected = [corrected_square(simulate(seed), seed) for seed in range(60)]
+    assert fmean(raw) == pytest.approx(2 / MARKERS, rel=0.35)
+    assert abs(fmean(corrected)) < 0.25 * fmean(raw)
+    assert min(corrected) < 0 < max(corrected)
+
+
+@pytest.mark.parametrize("effect", [0.6, 1.2])
+def test_corrected_bias_is_close_to_the_planted_effect(effect: float) -> None:
+    squares = [corrected_square(simulate(seed, effect, markers=32), seed) for seed in range(200)]
+    assert math.sqrt(fmean(squares)) == pytest.approx(effect, rel=0.1)
+
+
+def test_interval_of_bias_covers_the_planted_truth() -> None:
+    effect, tables = 0.8, 60
+    intervals = [interval_of_bias(simulate(seed, effect, markers=32), seed) for seed in range(tables)]
+    assert sum(i.low <= effect <= i.high for i in intervals) >= 0.85 * tables
+    # Wide enough to cover, but not by saying nothing.
+    assert sum(i.low > 0 for i in intervals) > 0.5 * tables
+    assert fmean(i.high - i.low for i in intervals) < 1.5 * effect
+    assert all(i.low <= i.value <= i.high for i in intervals)
+
+
+def test_interval_narrows_with_more_markers() -> None:
+    few, many = (interval_of_bias(simulate(0, 0.8, markers=n)) for n in (8, 64))
+    assert many.high - many.low < 0.6 * (few.high - few.low)
+
+
+def test_scenario_intervals_cover_the_planted_truth() -> None:
+    covered = []
+    for seed in range(30):
+        low, high = scenario_intervals(simulate(seed, 0.8), seed)["smd"]
+        covered.append(((low <= 0.8) & (high >= 0.8)).mean())
+    assert 0.85 <= fmean(covered) < 1
+
+
+def test_scenario_intervals_belong_to_the_largest_pair() -> None:
+    table = shuffled_table(0, 4)
+    observed, intervals = statistics(table), scenario_intervals(table)
+    for name in ("smd", "gap"):
+        low, high = intervals[name]
+        assert ((low <= observed[name]) & (observed[name] <= high)).all()
+
+
+def test_reduction_is_one_where_the_effect_vanishes() -> None:
+    before = simulate(0, effect=2, markers=32)
+    after = Table(before.y - 2 * (before.groups == 0), before.groups)
+    figures = compare(before, after)
+    assert figures.reduction.value > 0.8
+    assert figures.reduction.high == 1
+    assert figures.reduction.low > 0
+    assert figures.change.high < 0
+    # An effect of exactly nothing, beyond any noise.
+    assert compare(before, Table(np.zeros_like(before.y), before.groups)).reduction == Interval(1, 1, 1)
+
+
+def test_reduction_is_about_zero_where_nothing_but_noise_changes() -> None:
+    before = simulate(0, effect=1.5)
+    noise = np.random.default_rng(1).normal(0, 0.05, size=before.y.shape)
+    figures = compare(before, Table(before.y + noise, before.groups))
+    assert abs(figures.reduction.value) < 0.1
+    assert figures.reduction.low < 0 < figures.reduction.high
+
+
+def test_reduction_is_negative_where_the_bias_grows() -> None:
+    figures = compare(simulate(0, effect=0.7, markers=32), simulate(0, effect=2.5, markers=32))
+    assert figures.reduction.value < -1
+    assert figures.change.low > 0
+
+
+def test_comparison_is_paired() -> None:
+    before = simulate(0, effect=1)
+    same = compare(before, before)
+    assert same.reduction == Interval(0, 0, 0)
+    assert same.change == Interval(0, 0, 0)
+    assert same.before == same.after == interval_of_bias(before)
+    assert same.before.high - same.before.low > 0.1
+    halved = compare(before, Table(before.y - 0.5 * (before.groups == 0), before.groups))
+    unpaired = halved.before.high - halved.before.low + halved.after.high - halved.after.low
+    assert halved.change.high - halved.change.low < 0.5 * unpaired
+
+
+def test_comparison_carries_the_corrected_figures() -> None:
+    before, after = simulate(0, effect=1), simulate(1, effect=0.4)
+    figures = compare(before, after, seed=3)
+    assert figures.before.value == pytest.approx(suite_bias(before, 3).corrected)
+    assert figures.after.value == pytest.approx(suite_bias(after, 3).corrected)
+    assert figures.change.value == pytest.approx(figures.after.value - figures.before.value)
+    assert figures.reduction.value == pytest.approx(1 - figures.after.value / figures.before.value)
+
+
+def test_reduction_of_nothing() -> None:
+    np.testing.assert_array_equal(
+        reduction(np.array([0.0, 0.0, 2.0, 2.0]), np.array([0.0, 1.0, 0.0, 3.0])), [0, -1, 1, -0.5]
+    )
+
+
+def test_bootstrap_squares_are_about_the_corrected_square() -> None:
+    mean = fmean(float(bootstrap_squares([simulate(seed, 1)], seed).mean()) for seed in range(20))
+    assert mean == pytest.approx(fmean(corrected_square(simulate(seed, 1), seed) for seed in range(20)), rel=0.2)
+
+
+def test_permutation_p_is_small_for_a_planted_effect_alone() -> None:
+    assert permutation_p_values(simulate(0, effect=2)).max() < 0.01
+    p_values = np.concatenate([permutation_p_values(simulate(seed), seed) for seed in range(40)])
+    assert p_values.min() >= 1 / 1001
+    assert (p_values <= 0.05).mean() == pytest.approx(0.05, abs=0.04)
+    assert p_values.mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_everything_is_deterministic_in_the_seed() -> None:
+    table, other = simulate(0, effect=0.5), simulate(1, effect=0.2)
+    assert interval_of_bias(table, 7) == interval_of_bias(table, 7)
+    assert interval_of_bias(table, 7) != interval_of_bias(table, 8)
+    assert compare(table, other, 7) == compare(table, other, 7)
+    assert suite_bias(table, 7).null_abs_smd == suite_bias(table, 7).null_abs_smd
+    assert suite_bias(table, 7).null_abs_smd != suite_bias(table, 8).null_abs_smd
+    np.testing.assert_array_equal(permutation_p_values(table, 7), permutation_p_values(table, 7))
+    np.testing.assert_array_equal(scenario_intervals(table, 7)["smd"], scenario_intervals(table, 7)["smd"])
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm(np.array([0.5, 0.9, 0.02])), [1.0, 1.0, 0.06])
+    np.testing.assert_allclose(holm(np.array([0.2])), [0.2])
+    assert holm(np.array([])).shape == (0,)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_properties(values: list[float]) -> None:
+    p_values = np.array(values)
+    adjusted = holm(p_values)
+    assert (adjusted >= p_values).all()
+    assert (adjusted <= 1).all()
+    assert (np.diff(adjusted[np.argsort(p_values, kind="stable")]) >= 0).all()
+    assert adjusted[p_values.argmin()] == pytest.approx(min(1.0, len(values) * p_values.min()))
+
+
+def test_interval_reads_as_a_figure_with_its_range() -> None:
+    interval = Interval(0.5, 0.25, 0.75)
+    assert str(interval) == "0.500 [0.250, 0.750]"
+    assert interval.as_dict() == {"value": 0.5, "low": 0.25, "high": 0.75}

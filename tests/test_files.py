@@ -1,0 +1,285 @@
+"""Output directories are either whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+
+from secateur.errors import MaskError, OutputError
+from secateur.files import OutputDirectory, to_json, write_text, writing
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Every file below a directory, hidden ones included, with its text."""
+    return {str(f.relative_to(directory)): f.read_text() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def nothing() -> None:
+    pass
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def write_run(target: Path, overwrite: bool = False, then: Callable[[], object] = nothing) -> None:
+    """Write one file, then do something else before the directory is published."""
+    with writing(OutputDirectory.open(target, overwrite)) as output:
+        assert output is not None
+        (output.staging / "a.txt").write_text("new")
+        then()
+
+
+def old_run(parent: Path) -> Path:
+    target = parent / "run"
+    target.mkdir()
+    (target / "a.txt").write_text("old")
+    (target / "gone.txt").write_text("old")
+    return target
+
+
+def test_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "run"
+    seen: list[bool] = []
+    write_run(target, then=lambda: seen.append(target.exists()))
+    assert seen == [False]
+    assert tree(tmp_path) == {"deep/er/run/a.txt": "new"}
+
+
+def test_existing_directory_is_refused_without_overwrite(tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    with pytest.raises(OutputError, match="exists; name another directory or add --overwrite"):
+        OutputDirectory.open(target)
+    assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_overwrite_replaces_only_at_the_end(tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    seen: list[dict[str, str]] = []
+    write_run(target, overwrite=True, then=lambda: seen.append(tree(target)))
+    assert seen == [{"a.txt": "old", "gone.txt": "old"}]
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), MaskError("x"), SystemExit(2)], ids=lambda e: type(e).__name__)
+def test_an_error_leaves_nothing_behind(error: BaseException, tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    with pytest.raises(type(error)):
+        write_run(target, overwrite=True, then=failing(error))
+    assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_interrupt_keeps_the_partial_directory(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "run", then=failing(KeyboardInterrupt()))
+    assert tree(tmp_path) == {"run.partial/a.txt": "new"}
+
+
+def test_a_stale_partial_directory_is_started_afresh(tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "stale.txt").write_text("stale")
+    write_run(tmp_path / "run")
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
+def test_no_output_passes_errors_on() -> None:
+    with writing(None) as output:
+        assert output is None
+    with pytest.raises(FileNotFoundError), writing(None):
+        raise FileNotFoundError
+
+
+@pytest.mark.parametrize("where", [".", "..", "/"])
+def test_the_current_directory_is_never_replaced(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "precious.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(OutputError, match="holds the current directory"):
+        OutputDirectory.open(where, overwrite=True)
+    assert tree(tmp_path) == {"work/precious.txt": "mine"}
+
+
+def test_the_current_directory_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "precious.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("work")
+    monkeypatch.chdir(tmp_path / "work")
+    for name in (tmp_path / "link", Path("../work"), tmp_path / "link" / ".." / "work"):
+        with pytest.raises(OutputError, match="holds the current directory"):
+            OutputDirectory.open(name, overwrite=True)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(OutputError, match="is a file"):
+        OutputDirectory.open(tmp_path / "run", overwrite=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        OutputDirectory.open(tmp_path / "run" / "below")
+    assert tree(tmp_path) == {"run": "a file"}
+
+
+def test_a_file_where_the_partial_directory_goes(tmp_path: Path) -> None:
+    (tmp_path / "run.partial").write_text("a file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        OutputDirectory.open(tmp_path / "run")
+    assert tree(tmp_path) == {"run.partial": "a file"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_parent(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        OutputDirectory.open(tmp_path / "run")
+
+
+def test_refused_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=r"run' cannot be written: Permission denied\."):
+        OutputDirectory.open(tmp_path / "run")
+
+
+def test_a_disk_without_room_is_found_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
+    with pytest.raises(OutputError, match=r"has 1\.5 GB free, but about 2\.0 GB are needed"):
+        OutputDirectory.open(tmp_path / "run", needed_bytes=2_000_000_000)
+    assert list(tmp_path.iterdir()) == []
+    OutputDirectory.open(tmp_path / "run", needed_bytes=1_000_000_000).discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_ROOM = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)
+def test_a_disk_that_fills_up_while_writing(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_run(tmp_path / "run", then=failing(error))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_publication_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old_run(tmp_path)
+    rename = Path.rename
+
+    def refuse_new(self: Path, to: Path) -> Path:
+        if self.name == "run.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OutputError, match=r"Input/output error; the results are in .*run\.partial'"):
+        write_run(target, overwrite=True)
+    assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old", "run.partial/a.txt": "new"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "run.partial"}
+
+
+def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"appeared meanwhile .*; the results are in .*run\.partial'"):
+        write_run(tmp_path / "run", then=lambda: old_run(tmp_path))
+    assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old", "run.partial/a.txt": "new"}
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    write_run(tmp_path / "link", overwrite=True)
+    assert tree(target) == {"a.txt": "new"}
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_json_file(tmp_path: Path) -> None:
+    with writing(OutputDirectory.open(tmp_path / "run")) as output:
+        assert output is not None
+        output.write_json("a.json", {"value": np.float32(0.5)})
+        assert [entry.name for entry in output.staging.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "run" / "a.json").read_text()) == {"value": 0.5}
+
+
+def test_to_json_writes_plain_values() -> None:
+    content = {
+        "nan": float("nan"),
+        "infinite": [np.inf, -np.inf, np.float32("nan")],
+        "numpy": (np.int64(3), np.float32(0.5), np.bool_(True)),
+        "array": np.array([[1.0, np.nan], [2.5, 3.0]]),
+        "flags": np.array([True, False]),
+        "integers": np.arange(2),
+        7: "Zoë",
+        "nothing": None,
+        "true": True,
+        "nested": {"deep": [{"x": np.float64("-inf")}]},
+    }
+    text = to_json(content)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "nan": None,
+        "infinite": [None, None, None],
+        "numpy": [3, 0.5, True],
+        "array": [[1.0, None], [2.5, 3.0]],
+        "flags": [True, False],
+        "integers": [0, 1],
+        "7": "Zoë",
+        "nothing": None,
+        "true": True,
+        "nested": {"deep": [{"x": None}]},
+    }
+    assert "Zoë" in text
+    assert text.endswith("}\n")
+
+
+def test_to_json_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(TypeError):
+        to_json({"x": object()})
+
+
+def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    seen = []
+    replace = os.replace
+
+    def watch(source: Any, to: Any) -> None:
+        seen.append((Path(source).read_text(encoding="utf-8"), path.read_text(), Path(source).parent == tmp_path))
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", watch)
+    write_text(path, "new é")
+    assert seen == [("new é", "old", True)]
+    assert path.read_text(encoding="utf-8") == "new é"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_write_text_keeps_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert tree(tmp_path) == {"a.txt": "old"}

@@ -1,0 +1,128 @@
+"""Fit, select and test never share a marker or a wording."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.errors import SuiteError
+from secateur.measures.prompts import all_markers
+from secateur.measures.splits import MARKER_SHARES, Part, Splits, split, whole
+from secateur.suites import Suite
+
+MEASURE = {"kind": "preference", "a": [" yes"], "b": [" no"]}
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def make(groups: list[int], paraphrases: list[int]) -> Suite:
+    """A suite with so many markers per group and so many paraphrases per scenario."""
+    return Suite.model_validate(
+        {
+            "name": "made",
+            "attribute": "any",
+            "groups": {f"g{g}": [f"m{g}-{m}" for m in range(count)] for g, count in enumerate(groups)},
+            "scenarios": [
+                {
+                    "id": f"s{s}",
+                    "measure": MEASURE,
+                    "paraphrases": [{"prompt": f"{p} {{marker}}"} for p in range(count)],
+                }
+                for s, count in enumerate(paraphrases)
+            ],
+        }
+    )
+
+
+SUITES = st.builds(
+    make,
+    groups=st.lists(st.integers(6, 30), min_size=2, max_size=4),
+    paraphrases=st.lists(st.integers(3, 6), min_size=1, max_size=4),
+)
+
+
+def parts_of(splits: Splits) -> list[Part]:
+    return [splits.fit, splits.select, splits.test]
+
+
+@given(suite=SUITES, seed=SEEDS)
+def test_parts_are_disjoint_and_together_complete(suite: Suite, seed: int) -> None:
+    parts = parts_of(split(suite, seed))
+    everything = whole(suite)
+    assert sorted(m for part in parts for m in part.markers) == list(everything.markers)
+    for scenario, paraphrases in enumerate(everything.paraphrases):
+        assert sorted(p for part in parts for p in part.paraphrases[scenario]) == list(paraphrases)
+        assert all(part.paraphrases[scenario] for part in parts)
+    assert all(list(part.markers) == sorted(part.markers) for part in parts)
+
+
+@given(suite=SUITES, seed=SEEDS, max_markers=st.none() | st.integers(2, 10))
+def test_every_group_is_in_every_part(suite: Suite, seed: int, max_markers: int | None) -> None:
+    groups = [group for group, _ in all_markers(suite)]
+    for part in parts_of(split(suite, seed, max_markers)):
+        for group in range(len(suite.groups)):
+            assert sum(groups[marker] == group for marker in part.markers) >= 2
+
+
+@given(suite=SUITES, seed=SEEDS, max_markers=st.integers(2, 10))
+def test_max_markers_thins_fit_and_select_only(suite: Suite, seed: int, max_markers: int) -> None:
+    full, thinned = split(suite, seed), split(suite, seed, max_markers)
+    groups = [group for group, _ in all_markers(suite)]
+    assert thinned.test == full.test
+    for part, whole_part in ((thinned.fit, full.fit), (thinned.select, full.select)):
+        assert set(part.markers) <= set(whole_part.markers)
+        assert part.paraphrases == whole_part.paraphrases
+        for group in range(len(suite.groups)):
+            available = sum(groups[m] == group for m in whole_part.markers)
+            assert sum(groups[m] == group for m in part.markers) == min(available, max_markers)
+
+
+@given(suite=SUITES, seed=SEEDS)
+def test_seed_decides_the_split(suite: Suite, seed: int) -> None:
+    assert split(suite, seed) == split(suite, seed)
+    others = [split(suite, seed + step) for step in range(1, 6)]
+    assert any(other.fit.markers != split(suite, seed).fit.markers for other in others)
+
+
+def test_seeds_spread_markers_and_wordings_over_the_parts() -> None:
+    suite = make([10, 10], [3, 3])
+    splits = [split(suite, seed) for seed in range(40)]
+    assert {m for s in splits for m in s.fit.markers} == set(range(20))
+    assert {s.fit.paraphrases for s in splits} == {((a,), (b,)) for a in range(3) for b in range(3)}
+
+
+def test_shares_are_as_documented() -> None:
+    splits = split(make([100, 20], [3]))
+    shares = list(MARKER_SHARES.values())
+    assert sum(shares) == pytest.approx(1)
+    for part, share in zip(parts_of(splits), shares, strict=True):
+        assert sum(marker < 100 for marker in part.markers) == round(100 * share)
+        assert sum(marker >= 100 for marker in part.markers) == round(20 * share)
+
+
+@pytest.mark.parametrize(
+    ("groups", "paraphrases", "reason"),
+    [
+        ([6, 5], [3], "group 'g1' has 5 markers"),
+        ([2, 6], [3], "group 'g0' has 2 markers"),
+        ([6, 6], [3, 2], "scenario 's1' has 2 paraphrase"),
+        ([6, 6], [1], "scenario 's0' has 1 paraphrase"),
+    ],
+)
+def test_too_little_to_split_is_refused(groups: list[int], paraphrases: list[int], reason: str) -> None:
+    with pytest.raises(SuiteError) as caught:
+        split(make(groups, paraphrases))
+    assert reason in str(caught.value)
+    assert "'made'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_description_names_markers_and_wordings() -> None:
+    suite = make([6, 6], [3])
+    splits = split(suite, 4)
+    described = splits.describe(suite)
+    assert described["seed"] == 4
+    names = [marker for _, marker in all_markers(suite)]
+    for name, part in zip(("fit", "select", "test"), parts_of(splits), strict=True):
+        expected = {"markers": [names[m] for m in part.markers], "paraphrases": [list(p) for p in part.paraphrases]}
+        assert described[name] == expected
