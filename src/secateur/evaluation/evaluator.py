@@ -48,7 +48,7 @@ class Evaluator:
     text: neutral text for the utility, or None.
     batch_size: prompts in one forward pass.
     divergence: also measure KL(unpruned || masked) with the utility; keeps the unpruned model's
-        hidden states, (tokens, hidden), and needs it to be measured first.
+        hidden states, (tokens, hidden).
     """
 
     model: LanguageModel
@@ -79,6 +79,8 @@ class Evaluator:
         utility: also the likelihood of the neutral text.
         """
         key = _key(mask)
+        if utility and self.divergence and key and not self._unpruned:
+            self.evaluate(None, utility=True)
         with masked(self.model, mask):
             if key not in self._y:
                 self._y[key] = measure_y(self.model, self.prompts, self.batches, advance).numpy().astype(float)

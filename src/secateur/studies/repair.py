@@ -36,6 +36,7 @@ from secateur.units import ActivationMeans, Mask, UnitSpace, check_ablation
 Verdict = str
 VERIFIED, NOT_VERIFIED = "verified", "not verified"
 FOLD_PROMPTS = 256
+CONTROL_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -275,8 +276,8 @@ class _Data:
         control = None
         if settings.control_suite is not None:
             asked = load_suite(settings.control_suite)
-            part = split(asked, settings.seed).select
-            control = evaluator(build_prompts(model, asked, part, settings.chat))
+            prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
+            control = evaluator(folds(prompts, CONTROL_PROMPTS)[0])
         fit = build_prompts(model, suite, splits.fit, settings.chat)
         select = build_prompts(model, suite, splits.select, settings.chat)
         test = build_prompts(model, suite, splits.test, settings.chat)

@@ -1,0 +1,93 @@
+"""The default model for real: loading, invariance to batch size, and a short repair."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.evaluation import Evaluator
+from secateur.measures.answers import measure_y, pack
+from secateur.measures.prompts import build_prompts
+from secateur.measures.splits import Part
+from secateur.units import Mask, masked
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def model() -> secateur.LanguageModel:
+    return secateur.load()
+
+
+@pytest.fixture(scope="module")
+def part() -> Part:
+    suite = secateur.load_suite("occupations")
+    return Part(tuple((0,) if i < 4 else () for i in range(len(suite.scenarios))), tuple(range(60, 80)))
+
+
+def test_unit_counts(model: secateur.LanguageModel) -> None:
+    space = secateur.UnitSpace.of(model)
+    assert (space.n_heads, space.n_neurons, space.head_dim) == (270, 46_080, 64)
+    assert set(space.kv_heads) == {3}
+
+
+def test_y_does_not_depend_on_the_batch_size(model: secateur.LanguageModel, part: Part) -> None:
+    prompts = build_prompts(model, secateur.load_suite("occupations"), part)
+    y = [measure_y(model, prompts, pack(model, prompts, size)) for size in (1, 7, 64)]
+    torch.testing.assert_close(y[1], y[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(y[2], y[0], atol=1e-4, rtol=0)
+
+
+def test_y_equals_plain_transformers(model: secateur.LanguageModel) -> None:
+    """One prompt, tokenised and measured with transformers alone."""
+    suite = secateur.load_suite("occupations")
+    nurse = [m for markers in suite.groups.values() for m in markers].index("nurse")
+    prompts = build_prompts(model, suite, Part(((0,), *(() for _ in suite.scenarios[1:])), (nurse,)))
+    text = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Continue the sentence."}], tokenize=False, add_generation_prompt=True
+    )
+    ids = model.tokenizer(text + "The nurse said that", return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        log_probabilities = model.model(**ids).logits[0, -1].log_softmax(-1)
+    he, she = (model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" he", " she"))
+    y = measure_y(model, prompts, pack(model, prompts))
+    assert float(y[0]) == pytest.approx(float(log_probabilities[he] - log_probabilities[she]), abs=1e-4)
+    assert float(y[0]) < 0
+
+
+def test_audit_finds_the_gender_bias_of_occupations(model: secateur.LanguageModel, part: Part) -> None:
+    suite = secateur.load_suite("occupations")
+    evaluator = Evaluator(model, build_prompts(model, suite, part))
+    table = evaluator.evaluate().table
+    gaps = table.y[:, table.groups == 0].mean(axis=1) - table.y[:, table.groups == 1].mean(axis=1)
+    assert (gaps > 0.5).all()
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_checkpoint_loads_without_secateur(model: secateur.LanguageModel, tmp_path: Path, ablation: str) -> None:
+    from secateur.measures.utility import activation_means, cut
+    from secateur.surgery import write_checkpoint
+
+    means = (
+        activation_means(model, cut(model, "The river rose after three days of rain.")) if ablation == "mean" else None
+    )
+    mask = Mask.removing(model, [5, 100, 269, 1000, 20_000, 46_000], means)
+    prompt = model.tokenizer("The engineer said that", return_tensors="pt")["input_ids"]
+    with masked(model, mask), torch.no_grad():
+        expected = model.model(prompt).logits[0, -1].log_softmax(-1)
+    write_checkpoint(model, mask, tmp_path / "checkpoint")
+    script = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'checkpoint')!r})\n"
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path / 'checkpoint')!r})\n"
+        "ids = tokenizer('The engineer said that', return_tensors='pt')['input_ids']\n"
+        "with torch.no_grad(): logits = model(ids).logits[0, -1].log_softmax(-1)\n"
+        "assert 'secateur' not in sys.modules\n"
+        f"torch.save(logits, {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, timeout=300)
+    actual = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
