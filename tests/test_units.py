@@ -261,29 +261,46 @@ def test_what_is_not_a_mask_file(write: Callable[[Path], None], tmp_path: Path) 
         Mask.load(path)
 
 
-METADATA_CHANGES: dict[str, dict[str, str | None]] = {
+HEADER_CHANGES: dict[str, dict[str, object]] = {
     "later format": {"format": "secateur-mask-2"},
     "no fingerprint": {"fingerprint": None},
     "no space": {"space": None},
-    "space is a list": {"space": "[1]"},
-    "space is no JSON": {"space": "{"},
-    "space is negative": {"space": '{"heads": [-9], "kv_heads": [2], "neurons": [3], "head_dim": 3}'},
-    "space is huge": {"space": '{"heads": [4000000000000000], "kv_heads": [2], "neurons": [3], "head_dim": 3}'},
-    "space is too large for Python": {"space": json.dumps({"heads": [2**70], "kv_heads": [1], "neurons": [1]})},
-    "space is small": {"space": '{"heads": [1], "kv_heads": [1], "neurons": [1], "head_dim": 3}'},
+    "space is a list": {"space": [1]},
+    "space is text": {"space": "{"},
+    "space is negative": {"space": {"heads": [-9], "kv_heads": [2], "neurons": [3], "head_dim": 3}},
+    "space is huge": {"space": {"heads": [4000000000000000], "kv_heads": [2], "neurons": [3], "head_dim": 3}},
+    "space is too large for Python": {"space": {"heads": [2**70], "kv_heads": [1], "neurons": [1]}},
+    "space is small": {"space": {"heads": [1], "kv_heads": [1], "neurons": [1], "head_dim": 3}},
     "no ablation": {"ablation": None},
     "unknown ablation": {"ablation": "median"},
 }
 
 
-@pytest.mark.parametrize("change", METADATA_CHANGES.values(), ids=METADATA_CHANGES)
-def test_mask_file_with_wrong_metadata(change: dict[str, str | None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", HEADER_CHANGES.values(), ids=HEADER_CHANGES)
+def test_mask_file_with_wrong_header(change: dict[str, object], tmp_path: Path) -> None:
     path = saved_mask(tmp_path, mean=False)
     with safe_open(str(path), framework="numpy") as file:
-        metadata = {**file.metadata(), **change}
-    save_file({"removed": np.array([0, 3], np.int32)}, str(path), {k: v for k, v in metadata.items() if v is not None})
+        header = {**json.loads(file.metadata()["secateur"]), **change}
+    text = json.dumps({key: value for key, value in header.items() if value is not None})
+    save_file({"removed": np.array([0, 3], np.int32)}, str(path), {"secateur": text})
     with pytest.raises(MaskError, match=r"mask\.safetensors"):
         Mask.load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", "1"])
+def test_mask_file_with_no_header(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    save_file({"removed": np.array([0], np.int32)}, str(path), {"secateur": text})
+    with pytest.raises(MaskError, match=r"mask\.safetensors"):
+        Mask.load(path)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_equal_masks_give_equal_files(mean: bool, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, other = saved_mask(tmp_path / "a", mean=mean), saved_mask(tmp_path / "b", mean=mean)
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("removed", [[-1], [10], [0.5]])

@@ -42,15 +42,21 @@ Chat = Annotated[str, typer.Option(help="auto, chat (insist on the template) or 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
-@app.callback()
-def _version_option(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         import secateur
 
         console.print(f"secateur {secateur.__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -249,11 +255,10 @@ def main() -> None:
     except SecateurError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        errors.print(
-            "Interrupted. What was found so far is in the output directory's name with '.partial' (secateur show)."
-        )
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
+            errors.print("Interrupted. What a repair had found so far is in OUTPUT.partial; see secateur show OUTPUT.")
+        raise
 
 
 if __name__ == "__main__":

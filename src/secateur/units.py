@@ -28,6 +28,7 @@ from secateur.models import LanguageModel
 Kind = Literal["head", "neuron"]
 Ablation = Literal["zero", "mean"]
 MASK_FORMAT = "secateur-mask-1"
+HEADER = "secateur"
 
 
 @dataclass(frozen=True, order=True)
@@ -235,15 +236,16 @@ class Mask:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the mask to one small safetensors file."""
+        """Write the mask to one small safetensors file; equal masks give equal bytes."""
         tensors = {"removed": self.removed.astype(np.int32), **self._removed_means()}
-        metadata = {
+        header = {
             "format": MASK_FORMAT,
             "fingerprint": self.fingerprint,
             "ablation": self.ablation,
-            "space": json.dumps(asdict(self.space)),
+            "space": asdict(self.space),
         }
-        save_file(tensors, str(path), metadata=metadata)
+        # One entry only: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, str(path), metadata={HEADER: json.dumps(header, sort_keys=True)})
 
     def _removed_means(self) -> dict[str, np.ndarray]:
         """The means of the removed units by layer, as the mask's file holds them; empty for zero ablation."""
@@ -267,17 +269,17 @@ class Mask:
         """
         try:
             with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
+                header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("format") != MASK_FORMAT:
+            if not isinstance(header, dict) or header.get("format") != MASK_FORMAT:
                 raise MaskError(f"'{path}' is not a Secateur mask.")
-            space = _space_from(json.loads(metadata["space"]))
+            space = _space_from(header["space"])
             keep = np.ones(len(space), dtype=bool)
-            if (tensors["removed"] < 0).any() or metadata["ablation"] not in ("zero", "mean"):
+            if (tensors["removed"] < 0).any() or header["ablation"] not in ("zero", "mean"):
                 raise ValueError("it has a negative unit or an unknown ablation")
             keep[tensors["removed"]] = False
-            means = _means_from(tensors, space, keep) if metadata["ablation"] == "mean" else None
-            return cls(space, keep, metadata["fingerprint"], means)
+            means = _means_from(tensors, space, keep) if header["ablation"] == "mean" else None
+            return cls(space, keep, str(header["fingerprint"]), means)
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise MaskError(f"The mask file '{path}' cannot be read: {error}.") from error
 

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -31,6 +33,8 @@ DTYPES: dict[str, str | torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What a missing or damaged checkpoint makes transformers and its readers raise.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError, struct.error)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -69,7 +73,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ModelError(_unreadable(name, error)) from error
     family_of(config)
     if device_map is not None:
@@ -77,7 +81,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ModelError(_unreadable(name, error)) from error
     if chosen_device is not None:
         model.to(chosen_device)  # type: ignore[arg-type]
@@ -165,7 +169,7 @@ def _converted(gguf: Path, expected_sha256: str | None) -> Path:
     try:
         _convert(gguf, staging)
         staging.rename(target)
-    except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
+    except UNREADABLE as error:
         if not target.is_dir():  # another process may have finished the same conversion first
             raise ModelError(_unreadable(str(gguf), error)) from error
     finally:

@@ -162,7 +162,7 @@ def show_lines(directory: Path) -> list[str]:
             if file.is_file():
                 try:
                     return reader(json.loads(file.read_text(encoding="utf-8")))
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"'{file}' is not a Secateur result, or is damaged.") from error
     raise DataError(f"'{directory}' holds no result of Secateur.")
 

@@ -163,7 +163,8 @@ class RepairResult:
         """The chosen mask with its record, or None where no candidate passed."""
         if self.mask is None:
             return None
-        figures = {key: value for key, value in self.as_dict().items() if key != "candidates"}
+        # A plan's file lists its units one by one, which leaves no need for their counts.
+        figures = {key: value for key, value in self.as_dict().items() if key not in ("candidates", "units")}
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in ("settings", "splits", "versions")}})
 
     @property
@@ -521,7 +522,7 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     if reduction.value <= best_random:
         faults.append(f"a random mask of the same size did as well ({best_random:.0%})")
     if increase.value > limit:
-        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {limit:.2%}")
+        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%")
     figures = (
         f"On unseen markers and wordings the bias fell by {reduction.value:.0%} "
         f"(95 % interval {reduction.low:.0%} to {reduction.high:.0%}), perplexity changed by {increase.value:+.2%}, "
@@ -541,10 +542,10 @@ def why_nothing(candidates: list[CandidateRecord], limit: float) -> str:
         cheapest = min(candidates, key=lambda candidate: candidate.perplexity_high)
         return (
             f"Every candidate costs too much: the cheapest raises perplexity by {cheapest.perplexity_increase:.2%} "
-            f"(up to {cheapest.perplexity_high:.2%}), the limit is {limit:.2%}. Raise --max-perplexity-increase "
+            f"(up to {cheapest.perplexity_high:.2%}), the limit is {100 * limit:.3g}%. Raise --max-perplexity-increase "
             "to allow more; the model is left as it is."
         )
     return (
-        f"None of the {len(inside)} candidates within the perplexity limit of {limit:.2%} lowers the bias on the "
-        "select part; the model is left as it is."
+        f"No candidate within the perplexity limit of {100 * limit:.3g}% ({len(inside)} of {len(candidates)}) lowers "
+        "the bias on the select part; the model is left as it is."
     )

@@ -1,0 +1,442 @@
+"""Whole audits and repairs of tiny models: what they write, what they refuse, what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import REPAIR, Command, Document, Outcome, save_model, small_suite, write_suite, write_text
+from plotly.offline import get_plotlyjs
+from tiny import all_logits, prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.evaluation import Evaluator
+from secateur.evaluation.evaluator import Measurement
+from secateur.measures.disparity import Comparison, Interval
+from secateur.studies.repair import CandidateRecord, judge, why_nothing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PASSING, FAILING = 1, 2  # seeds of tiny models: a repair of the small suite finds something, or nothing
+INTERVAL = {"value", "low", "high"}
+ATTACK = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(capfd)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "run"
+
+
+def read(file: Path) -> Any:
+    """JSON as a strict reader takes it: no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{file.name} holds {constant}")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def audit(call: Command, directory: Path, output: Path, document: Document | None = None) -> Outcome:
+    model = save_model(directory / "model")
+    suite = write_suite(directory, document)
+    return call("audit", "-m", model, "-s", suite, "-o", output, "--device", "cpu")
+
+
+def repair(
+    call: Command, directory: Path, output: Path, *options: str | Path, seed: int = PASSING, limit: str = "5"
+) -> Outcome:
+    model = save_model(directory / "model", seed)
+    inputs = ("-m", model, "-s", write_suite(directory), "--utility-text", write_text(directory))
+    settings = ("--device", "cpu", "--rounds", "2", "--max-perplexity-increase", limit)
+    return call("repair", *inputs, "-o", output, *REPAIR, *settings, *options)
+
+
+# Reports
+
+
+class Page(HTMLParser):
+    """What a browser would make of a report: its attributes, its scripts and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+def own_part(report: Path) -> str:
+    """A report without Plotly's own bundle, which must be in it once."""
+    html = report.read_text(encoding="utf-8")
+    assert html.count(get_plotlyjs()) == 1
+    return html.replace(get_plotlyjs(), "")
+
+
+def assert_self_contained(report: Path) -> None:
+    html = own_part(report)
+    assert not re.search(r"""(src|href|action|poster)\s*=\s*["']?\s*(https?:)?//""", html)
+    assert not re.search(r"@import|url\(", html)
+    assert not [(n, v) for n, v in Page(html).attributes if n in ("src", "href", "action", "srcset", "data")]
+
+
+# Audit
+
+
+def test_audit_writes_figures_and_a_report(tmp_path: Path, output: Path, call: Command) -> None:
+    outcome = audit(call, tmp_path, output)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert sorted(path.name for path in output.iterdir()) == ["audit.json", "report.html"]
+    assert [path.name for path in output.parent.iterdir()] == ["run"]
+    result = read(output / "audit.json")
+    assert result["suite"] == "small"
+    assert result["model"] == str(tmp_path / "model")
+    assert set(result["bias"]) == INTERVAL
+    assert [scenario["id"] for scenario in result["scenarios"]] == ["like", "price", "end"]
+    for scenario in result["scenarios"]:
+        assert set(scenario["means"]) == {"boats", "lamps"}
+        assert 0 < scenario["p_value"] <= scenario["p_holm"] <= 1
+        assert scenario["smd"]["low"] <= scenario["smd"]["high"]
+        assert scenario["id"] in outcome.out
+    assert result["run"]["tokens_forward"] > 0
+    assert result["run"]["tokens_backward"] == 0
+    assert_self_contained(output / "report.html")
+
+
+def test_show_prints_an_audit(tmp_path: Path, output: Path, call: Command) -> None:
+    audit(call, tmp_path, output)
+    outcome = call("show", output)
+    assert (outcome.status, outcome.err) == (0, "")
+    for said in ("suite small: bias B ", "like: SMD ", "price: SMD ", "end: SMD "):
+        assert said in outcome.out
+
+
+def hostile_suite() -> Document:
+    document = small_suite(title=ATTACK, description=f"[bold]{ATTACK}", sources=[ATTACK])
+    for name, markers in document["groups"].items():
+        document["groups"][name] = [f"{marker} {ATTACK}" for marker in markers]
+    for scenario in document["scenarios"]:
+        scenario["paraphrases"] = [f"{text} {ATTACK}" for text in scenario["paraphrases"]]
+    return document
+
+
+def assert_harmless(report: Path) -> None:
+    html = own_part(report)
+    page = Page(html)
+    assert "<script>alert" not in html
+    assert not [script for script in page.scripts if "alert(1)" in script]
+    assert page.text.count(ATTACK) >= 3  # title, marker and scenario come out as text
+    assert_self_contained(report)
+
+
+def test_report_of_an_audit_escapes_what_a_suite_and_a_path_say(tmp_path: Path, output: Path, call: Command) -> None:
+    directory = tmp_path / "<script>alert(1)<" / "script>[red]"
+    directory.mkdir(parents=True)
+    outcome = audit(call, directory, output, hostile_suite())
+    assert outcome.status == 0
+    assert "script>[red]" in outcome.out
+    assert_harmless(output / "report.html")
+
+
+def test_report_of_a_repair_escapes_what_a_suite_says(tmp_path: Path) -> None:
+    model = secateur.load(save_model(tmp_path / "model"), device="cpu")
+    suite = write_suite(tmp_path, hostile_suite())
+    settings = {"max_perplexity_increase": 5, "max_heads": 1, "max_neurons": 4, "rounds": 1, "random_draws": 1}
+    text = write_text(tmp_path)
+    secateur.repair(model, suite, output=tmp_path / "run", utility_text=text, control_suite=None, **settings)
+    assert_harmless(tmp_path / "run" / "report.html")
+
+
+# Repair
+
+
+def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, call: Command) -> None:
+    control = write_suite(tmp_path, small_suite(name="other", control=True), "other")
+    outcome = repair(call, tmp_path, output, "--control-suite", control)
+    result = read(output / "result.json")
+    assert outcome.err == ""
+    assert outcome.status == (0 if result["verdict"] == "verified" else 3)
+    names = ["checkpoint", "mask.safetensors", "plan.json", "report.html", "result.json", "run.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert [path.name for path in output.parent.iterdir()] == ["run"]
+
+    assert {"model", "suite", "method", "verdict", "seconds"} < set(result)
+    assert (result["suite"], result["method"]) == ("small", "attribution")
+    assert result["verdict"] in ("verified", "not verified")
+    assert result["seconds"] > 0
+    assert result["tokens_forward"] > result["tokens_backward"] > 0
+    assert set(result["units"]) == {"heads", "neurons", "heads_total", "neurons_total"}
+    assert (result["units"]["heads_total"], result["units"]["neurons_total"]) == (8, 96)
+    assert result["units"]["heads"] + result["units"]["neurons"] > 0
+    test, utility = result["test"], result["utility"]
+    for name in ("bias_before", "bias_after", "reduction", "random_reduction", "control_change"):
+        assert set(test[name]) == INTERVAL, name
+    assert len(test["random_draws"]) == 2
+    assert {"perplexity_before", "perplexity_after", "perplexity_increase", "kl"} == set(utility)
+    assert set(utility["perplexity_increase"]) == INTERVAL
+    ratio = utility["perplexity_after"] / utility["perplexity_before"] - 1
+    assert utility["perplexity_increase"]["value"] == pytest.approx(ratio, abs=1e-9)
+    assert utility["kl"] > 0
+    assert [candidate["chosen"] for candidate in result["candidates"]].count(True) == 1
+
+    run = read(output / "run.json")
+    assert run["settings"]["rounds"] == 2
+    assert run["model"]["type"] == "llama"
+    assert (run["tokens_forward"], run["tokens_backward"]) == (result["tokens_forward"], result["tokens_backward"])
+    parts = [set(run["splits"][name]["markers"]) for name in ("fit", "select", "test")]
+    assert [len(part) for part in parts] == [6, 4, 6]
+    assert len(set.union(*parts)) == 16
+    assert_self_contained(output / "report.html")
+    assert f"Verdict: {result['verdict']}." in outcome.out
+
+
+def test_show_prints_a_repair(tmp_path: Path, output: Path, call: Command) -> None:
+    repair(call, tmp_path, output)
+    shown = call("show", output)
+    assert (shown.status, shown.err) == (0, "")
+    for said in ("Removed ", " of 8 heads", " of 96 neurons", "Held-out bias B", "Random masks", "Verdict: "):
+        assert said in shown.out
+
+
+def test_checkpoint_loads_plainly_and_equals_the_plan(tmp_path: Path, output: Path, call: Command) -> None:
+    repair(call, tmp_path, output)
+    model = secateur.load(tmp_path / "model", device="cpu")
+    plan = secateur.load_plan(output)
+    record = read(output / "plan.json")
+    assert len(record["units"]) == len(plan.mask.removed) > 0
+    assert plan.record["suite"] == "small"
+    before = all_logits(model)
+    with plan.applied(model):
+        live = all_logits(model)
+    assert torch.equal(all_logits(model), before)
+    assert not torch.allclose(live, before)
+    plain = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    with torch.no_grad():
+        logits = plain(input_ids=prompts(model), use_cache=False).logits
+    torch.testing.assert_close(logits, live, rtol=1e-5, atol=1e-5)
+    text = "The harbour clock."
+    tokenizer = AutoTokenizer.from_pretrained(output / "checkpoint")
+    assert tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+
+
+def test_apply_writes_the_same_checkpoint(tmp_path: Path, output: Path, call: Command) -> None:
+    repair(call, tmp_path, output)
+    other = tmp_path / "applied"
+    outcome = call("apply", output, "-m", tmp_path / "model", "-o", other, "--device", "cpu")
+    assert (outcome.status, outcome.err) == (0, "")
+    one, two = output / "checkpoint", other
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_same_seed_gives_the_same_mask(tmp_path: Path, call: Command) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    repair(call, tmp_path, first)
+    repair(call, tmp_path, second)
+    masks = [secateur.load_plan(directory).mask for directory in (first, second)]
+    assert masks[0].keep.tobytes() == masks[1].keep.tobytes()
+    assert masks[0] == masks[1]
+    weights = [(directory / "checkpoint" / "model.safetensors").read_bytes() for directory in (first, second)]
+    assert weights[0] == weights[1]
+    one, two = read(first / "result.json"), read(second / "result.json")
+    for result in (one, two):
+        del result["seconds"]
+    assert one == two
+
+
+def test_repair_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    before = all_logits(model)
+    settings = {"max_perplexity_increase": 5, "max_heads": 1, "max_neurons": 4, "rounds": 2, "random_draws": 1}
+    suite, text = write_suite(tmp_path), write_text(tmp_path)
+    result = secateur.repair(model, suite, utility_text=text, control_suite=None, **settings)
+    assert result.plan is not None
+    assert torch.equal(all_logits(model), before)
+
+
+def test_repair_where_nothing_passes(tmp_path: Path, output: Path, call: Command) -> None:
+    outcome = repair(call, tmp_path, output, seed=FAILING, limit="0.000001")
+    assert (outcome.status, outcome.err) == (4, "")
+    assert sorted(path.name for path in output.iterdir()) == ["report.html", "result.json", "run.json"]
+    result = read(output / "result.json")
+    assert result["verdict"] == "not verified"
+    assert result["units"] is result["test"] is result["utility"] is None
+    assert "limit of 0.0001%" in result["explanation"] or "limit is 0.0001%" in result["explanation"]
+    assert result["explanation"] in outcome.out
+    assert result["candidates"]
+    assert not any(candidate["chosen"] for candidate in result["candidates"])
+    assert_self_contained(output / "report.html")
+    shown = call("show", output)
+    assert shown.status == 0
+    assert result["explanation"] in shown.out
+    assert "There is no plan" in call("apply", output, "-m", tmp_path / "model", "-o", tmp_path / "new").refusal
+
+
+# Ctrl-C
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Raise what Ctrl-C raises at one call of the evaluator."""
+    left = iter(range(calls))
+    evaluate = Evaluator.evaluate
+
+    def interrupted(self: Evaluator, *arguments: Any, **options: Any) -> Measurement:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return evaluate(self, *arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "evaluate", interrupted)
+
+
+def test_interrupted_repair_leaves_what_it_found(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 8)
+    outcome = repair(call, tmp_path, output)
+    assert outcome.status == 130
+    assert "Interrupted." in outcome.err
+    assert "secateur show" in outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+    assert not output.exists()
+    state = read(output.with_name("run.partial") / "partial.json")
+    assert state["suite"] == "small"
+    assert state["candidates"]
+    assert all(candidate["removed"] for candidate in state["candidates"])
+    shown = call("show", output)
+    assert (shown.status, shown.err) == (0, "")
+    assert "Interrupted repair of suite small" in shown.out
+    assert shown.out.count("neurons: bias B") == len(state["candidates"])
+    assert call("show", output.with_name("run.partial")) == shown
+
+
+def test_repair_after_an_interrupted_one_leaves_no_partial(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert repair(call, tmp_path, output).status == 130
+    assert repair(call, tmp_path, output).status in (0, 3)
+    assert [path.name for path in output.parent.iterdir()] == ["run"]
+
+
+def test_interrupt_leaves_an_older_run_untouched(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.mkdir(parents=True)
+    (output / "result.json").write_text("older")
+    interrupt_after(monkeypatch, 8)
+    assert repair(call, tmp_path, output, "--overwrite").status == 130
+    assert [path.name for path in output.iterdir()] == ["result.json"]
+    assert (output / "result.json").read_text() == "older"
+
+
+def test_interrupted_audit(tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 0)
+    outcome = audit(call, tmp_path, output)
+    assert outcome.status == 130
+    assert "Traceback" not in outcome.err + outcome.out
+    assert not output.exists()
+
+
+# Verdicts
+
+
+def comparison(reduction: Interval, before: Interval | None = None) -> Comparison:
+    before = before or Interval(1.0, 0.8, 1.2)
+    after = Interval(before.value * (1 - reduction.value), 0.1, 0.9)
+    return Comparison(before, after, reduction, Interval(after.value - before.value, -0.9, 0.1))
+
+
+GOOD = comparison(Interval(0.6, 0.3, 0.8))
+CHEAP = Interval(0.01, -0.01, 0.03)
+RANDOM = [comparison(Interval(0.05, -0.1, 0.2)), comparison(Interval(-0.15, -0.3, 0.1))]
+
+
+def test_judge_verified() -> None:
+    verdict, explanation = judge(GOOD, CHEAP, RANDOM, 0.02)
+    assert verdict == "verified"
+    assert explanation == (
+        "On unseen markers and wordings the bias fell by 60% (95 % interval 30% to 80%), perplexity changed by "
+        "+1.00%, and random masks of the same size changed the bias by +5%."
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "increase", "random", "reasons"),
+    [
+        (replace(GOOD, before=Interval(0.5, 0.0, 1.2)), CHEAP, RANDOM, ["cannot be told from chance"]),
+        (comparison(Interval(0.6, 0.0, 0.8)), CHEAP, RANDOM, ["(0% to 80%) includes no effect"]),
+        (GOOD, CHEAP, [*RANDOM, comparison(Interval(0.6, 0.2, 0.9))], ["a random mask of the same size did as well"]),
+        (GOOD, Interval(0.021, 0.0, 0.04), RANDOM, ["perplexity rose by 2.10%, above the limit of 2%"]),
+        (
+            comparison(Interval(-0.2, -0.5, 0.1), Interval(0.5, 0.0, 1.2)),
+            Interval(0.5, 0.4, 0.6),
+            RANDOM,
+            ["cannot be told from chance", "includes no effect", "a random mask", "perplexity rose by 50.00%"],
+        ),
+    ],
+)
+def test_judge_not_verified(
+    found: Comparison, increase: Interval, random: list[Comparison], reasons: list[str]
+) -> None:
+    verdict, explanation = judge(found, increase, random, 0.02)
+    assert verdict == "not verified"
+    assert explanation.startswith("Not proven: ")
+    assert explanation.split(". On unseen")[0].count("; ") == len(reasons) - 1
+    for reason in reasons:
+        assert reason in explanation
+
+
+def test_judge_allows_an_increase_at_the_limit() -> None:
+    assert judge(GOOD, Interval(0.02, 0.0, 0.04), RANDOM, 0.02)[0] == "verified"
+
+
+def candidate(increase: float, within: bool) -> CandidateRecord:
+    return CandidateRecord(
+        kind="neurons",
+        heads=0,
+        neurons=4,
+        bias=1.0,
+        bias_square=1.0,
+        mean_abs_gap=0.5,
+        perplexity_increase=increase,
+        perplexity_high=increase + 0.01,
+        within_limit=within,
+    )
+
+
+def test_why_nothing() -> None:
+    assert "No unit's removal is predicted to lower the bias" in why_nothing([], 0.02)
+    costly = why_nothing([candidate(0.08, False), candidate(0.05, False)], 0.025)
+    assert "the cheapest raises perplexity by 5.00% (up to 6.00%), the limit is 2.5%" in costly
+    assert "--max-perplexity-increase" in costly
+    useless = why_nothing([candidate(0.01, True), candidate(0.05, False)], 0.02)
+    assert "No candidate within the perplexity limit of 2% (1 of 2) lowers the bias" in useless
