@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
 DEFAULT_BATCH_SIZE = 64
 # Attention over a packed row grows with its square; beyond this length packing costs more than it saves.
 MAX_TREE_TOKENS = 448
+SHARED = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +33,8 @@ class Batch:
     nodes: (reads,) tree nodes whose next-token distribution is read, each once.
     read, token, answer: (steps,) the read, target token and answer of every answer token.
     prompts: the prompts, in order; their answers are numbered in the same order.
-    owner: (rows, columns), the prompt that a position belongs to alone; -1 where it is shared by
-        several prompts, or padding.
+    owner: (rows, columns), the prompt that a position belongs to alone; -1 where several prompts of
+        the whole set, in this batch or not, begin alike up to it, and for padding.
     """
 
     layout: Layout
@@ -55,8 +56,13 @@ def pack(model: LanguageModel, prompts: PromptSet, batch_size: int = DEFAULT_BAT
         raise SettingError(f"The batch size must be at least 1, not {batch_size}.")
     longest = max(len(p.context) + max(len(a) for a in p.answers) for p in prompts.prompts)
     tree = use_tree(model, longest)
-    batches = _groups(prompts.prompts, batch_size, MAX_TREE_TOKENS if tree else None)
-    return [_pack(model, group, tree) for group in batches]
+    whole, owner = _owners(prompts.prompts)
+    batches, first = [], 0
+    for group in _groups(prompts.prompts, batch_size, MAX_TREE_TOKENS if tree else None):
+        place = partial(_positions, whole=whole, owner=owner, first=first)
+        batches.append(_pack(model, group, tree, place))
+        first += len(group)
+    return batches
 
 
 def _groups(prompts: Sequence[Prompt], batch_size: int, max_tokens: int | None) -> Iterator[list[Prompt]]:
@@ -84,44 +90,52 @@ def _insert(tree: TokenTree, prompt: Prompt) -> list[list[int]]:
     return steps
 
 
-def _pack(model: LanguageModel, prompts: list[Prompt], use_tree_layout: bool) -> Batch:
+def _pack(
+    model: LanguageModel,
+    prompts: list[Prompt],
+    use_tree_layout: bool,
+    owners: Callable[[Layout, TokenTree], Tensor],
+) -> Batch:
     tree = TokenTree()
     nodes: list[int] = []
     tokens: list[int] = []
     answers: list[int] = []
     count = 0
-    reads: list[tuple[int, int]] = []
-    for number, prompt in enumerate(prompts):
+    for prompt in prompts:
         for answer, sources in zip(prompt.answers, _insert(tree, prompt), strict=True):
             nodes += sources
             tokens += answer
             answers += [count] * len(answer)
-            reads += [(number, node) for node in sources]
             count += 1
     unique, read = torch.unique(torch.tensor(nodes), return_inverse=True)
     padding = model.tokenizer.pad_token_id or 0
     layout = lay_out_tree(tree, model.dtype) if use_tree_layout else lay_out_rows(tree, padding)
-    owner = _owners(tree, layout, reads)
+    owner = owners(layout, tree)
     return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), tuple(prompts), owner)
 
 
-def _owners(tree: TokenTree, layout: Layout, reads: list[tuple[int, int]]) -> Tensor:
-    """The only prompt that passes through each position, given the (prompt, node) of every read."""
-    unseen, shared = -2, -1
-    if len(layout.input_ids) == 1:
-        owner = [unseen] * len(tree)
-        for prompt, node in reads:
-            while node >= 0 and owner[node] not in (prompt, shared):
-                owner[node] = prompt if owner[node] == unseen else shared
+def _owners(prompts: Sequence[Prompt]) -> tuple[TokenTree, list[int]]:
+    """The tree of all prompts, and per node the number of the only prompt that passes through it."""
+    tree = TokenTree()
+    unseen = -2
+    owner: list[int] = []
+    for number, prompt in enumerate(prompts):
+        ends = {steps[-1] for steps in _insert(tree, prompt)}
+        owner += [unseen] * (len(tree) - len(owner))
+        for node in ends:
+            while node >= 0 and owner[node] not in (number, SHARED):
+                owner[node] = number if owner[node] == unseen else SHARED
                 node = tree.parents[node]
-        return torch.tensor([owner])
-    # A row of padded rows repeats what its path shares with others, but serves only those that read from it.
-    rows, columns = layout.row.tolist(), layout.column.tolist()
-    positions = np.full(tuple(layout.input_ids.shape), unseen)
-    for prompt, node in reads:
-        path = positions[rows[node], : columns[node] + 1]
-        path[:] = np.where((path == unseen) | (path == prompt), prompt, shared)
-    return torch.from_numpy(np.maximum(positions, shared))
+    return tree, owner
+
+
+def _positions(layout: Layout, tree: TokenTree, whole: TokenTree, owner: list[int], first: int) -> Tensor:
+    """Owners of a batch's positions, numbered from its first prompt, from the owners in the whole tree."""
+    nodes: list[int] = []  # of the whole tree, for every node of the batch's
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        nodes.append(whole.child(nodes[parent] if parent >= 0 else -1, token))
+    owners = [owner[node] - first if owner[node] >= 0 else SHARED for node in nodes]
+    return torch.tensor([*owners, SHARED])[layout.nodes]  # padding is node -1, the last entry
 
 
 def answer_log_probabilities(model: LanguageModel, batch: Batch) -> Tensor:

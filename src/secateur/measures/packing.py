@@ -33,6 +33,10 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def child(self, node: int, token: int) -> int:
+        """The node below ``node`` (-1 is the root) for a token."""
+        return self._children[node, token]
+
     def add(self, sequence: Sequence[int], after: int = -1) -> int:
         """Insert a sequence below a node (-1 is the root) and return its last node."""
         node = after
@@ -58,6 +62,7 @@ class Layout:
     attention_mask: additive (1, 1, columns, columns) for a tree in one row, or 0/1
         (rows, columns) for padded rows.
     row, column: (nodes,), where each node stands.
+    nodes: (rows, columns), the node at each position; -1 for padding.
     """
 
     input_ids: Tensor
@@ -65,6 +70,7 @@ class Layout:
     attention_mask: Tensor
     row: Tensor
     column: Tensor
+    nodes: Tensor
 
 
 def use_tree(model: LanguageModel, longest: int) -> bool:
@@ -90,6 +96,7 @@ def lay_out_tree(tree: TokenTree, dtype: torch.dtype) -> Layout:
         attention_mask=additive[None, None],
         row=torch.zeros(size, dtype=torch.long),
         column=torch.arange(size),
+        nodes=torch.arange(size)[None],
     )
 
 
@@ -101,12 +108,14 @@ def lay_out_rows(tree: TokenTree, padding: int) -> Layout:
     input_ids = torch.full((len(paths), width), padding)
     attention_mask = torch.zeros((len(paths), width), dtype=torch.long)
     row = torch.zeros(len(tree), dtype=torch.long)
+    nodes = torch.full((len(paths), width), -1)
     for number, path in enumerate(paths):
         input_ids[number, : len(path)] = torch.tensor([tree.tokens[node] for node in path])
         attention_mask[number, : len(path)] = 1
         row[path] = number
+        nodes[number, : len(path)] = torch.tensor(path)
     position_ids = torch.arange(width).expand(len(paths), width)
-    return Layout(input_ids, position_ids, attention_mask, row, torch.tensor(tree.depths))
+    return Layout(input_ids, position_ids, attention_mask, row, torch.tensor(tree.depths), nodes)
 
 
 def _path(tree: TokenTree, leaf: int) -> list[int]:
