@@ -324,3 +324,11 @@ def test_evaluator_gives_the_utility_of_a_mask() -> None:
     assert evaluator.perplexity_increase(mask, 2) == perplexity_increase(before, after, text, 2)
     assert evaluator.kl_divergence(mask) > 0
     assert evaluator.kl_divergence(Mask.none(model)) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("separator", [" ", "\n\n"])
+def test_a_short_text_still_gives_three_parts(separator: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(["word"] * 150) + separator + " ".join(["other"] * 150))
+    passages = read_passages(tmp_path / "text.txt")
+    assert len(passages) >= 6
+    assert sum(len(passage.split()) for passage in passages) == 300

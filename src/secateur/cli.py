@@ -79,7 +79,7 @@ def audit(
     import secateur
     from secateur.reports.terminal import TerminalProgress, audit_summary, audit_table
 
-    asked = _suite(suite)
+    asked, mode = _suite(suite), _chat(chat)
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code)
     result = secateur.audit(
@@ -87,7 +87,7 @@ def audit(
         asked,
         seed=seed,
         batch_size=batch_size,
-        chat=_chat(chat),
+        chat=mode,
         output=output,
         overwrite=overwrite,
         progress=TerminalProgress(console),

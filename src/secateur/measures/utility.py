@@ -23,6 +23,7 @@ WINDOW = 256
 STRIDE = 224
 MIN_WORDS = 300
 BLOCK_WORDS = 150
+MIN_PASSAGES = 6
 DEFAULT_UTILITY_TOKENS = 6144
 TOKENS_PER_BATCH = 768
 
@@ -82,15 +83,17 @@ def read_passages(path: str | Path | None = None) -> list[str]:
     words = len(text.split())
     if words < MIN_WORDS:
         raise DataError(f"The utility text '{path}' has {words} word(s); at least {MIN_WORDS} are needed.")
-    paragraphs = [" ".join(p.split("\n")).strip() for p in text.split("\n\n") if p.strip()]
-    return [block for paragraph in paragraphs for block in _blocks(paragraph)]
+    paragraphs = [p for p in text.split("\n\n") if p.strip()]
+    blocks = [block for paragraph in paragraphs for block in _blocks(paragraph, BLOCK_WORDS)]
+    # Three parts of at least two passages each, whatever the layout of the file.
+    return blocks if len(blocks) >= MIN_PASSAGES else _blocks(" ".join(paragraphs), words // MIN_PASSAGES)
 
 
-def _blocks(paragraph: str) -> list[str]:
-    words = paragraph.split(" ")
-    if len(words) <= 2 * BLOCK_WORDS:
-        return [paragraph]
-    return [" ".join(words[i : i + BLOCK_WORDS]) for i in range(0, len(words), BLOCK_WORDS)]
+def _blocks(paragraph: str, size: int) -> list[str]:
+    words = paragraph.split()
+    if len(words) <= 2 * size:
+        return [" ".join(words)]
+    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
 
 
 def split_text(

@@ -81,9 +81,13 @@ class RepairSettings:
         Raises
         ------
         SettingError: names the setting and its range.
+        DataError, SuiteError: the utility text or the control suite is not usable.
         """
         scorer(self.method)
         check_ablation(self.ablation)
+        read_passages(self.utility_text)
+        if self.control_suite is not None:
+            load_suite(self.control_suite)
         if not 0 < self.max_perplexity_increase < 10:
             raise SettingError("The maximum perplexity increase must lie between 0 and 10 (0.02 stands for 2 %).")
         for name, low in (("batch_size", 1), ("random_draws", 1), ("max_heads", 0), ("max_neurons", 0), ("rounds", 0)):
