@@ -27,16 +27,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Command:
-    return Command(capfd)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "run"
-
-
 def assert_nothing(output: Path) -> None:
     """Neither the output directory nor a partial or hidden one beside it."""
     assert not output.exists()

@@ -29,16 +29,6 @@ INTERVAL = {"value", "low", "high"}
 ATTACK = "</script><script>alert(1)</script>"
 
 
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Command:
-    return Command(capfd)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "run"
-
-
 def read(file: Path) -> Any:
     """JSON as a strict reader takes it: no NaN."""
 

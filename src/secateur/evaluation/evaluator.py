@@ -89,10 +89,10 @@ class Evaluator:
             if utility and key not in self._nll:
                 states = hidden_states(self.model, self._text, advance)
                 self._nll[key] = negative_log_likelihood(self.model, self._text, states)
-                if self.divergence and not key:
-                    self._unpruned = states
-                if self.divergence:
+                if self.divergence and key:
                     self._kl[key] = kl_divergence(self.model, self._unpruned, states)
+                elif self.divergence:
+                    self._unpruned, self._kl[key] = states, 0.0
             elif utility:
                 advance(len(self._text.windows))
         table = Table(self.prompts.table(self._y[key]), self.prompts.groups)

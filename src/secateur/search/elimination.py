@@ -12,7 +12,6 @@ from secateur.scoring import Scores
 from secateur.units import UnitSpace
 
 CandidateKind = Literal["heads", "neurons", "both"]
-STEP_SHARE = 1.0
 MAX_STEP = 80
 
 
@@ -63,10 +62,9 @@ def next_step(
     disparity: float,
     largest: int = MAX_STEP,
 ) -> np.ndarray:
-    """Add to ``removed`` the units that are predicted to take away a share of the disparity.
+    """Add to ``removed`` the units that are predicted to take away the disparity, at most ``largest``.
 
-    A first-order prediction holds for small steps, so each step aims at ``STEP_SHARE`` of what is
-    left, with at most ``largest`` units; scores are computed anew before the next.
+    A first-order prediction promises too much, so scores are computed anew before the next step.
 
     Parameters
     ----------
@@ -74,5 +72,5 @@ def next_step(
     """
     order = ranking(scores, space, kind, removed)
     predicted = np.cumsum(-scores.effect[order])
-    count = min(int(np.searchsorted(predicted, STEP_SHARE * disparity)) + 1, largest, len(order))
+    count = min(int(np.searchsorted(predicted, disparity)) + 1, largest, len(order))
     return np.concatenate([removed, order[:count]]).astype(int)
