@@ -15,7 +15,7 @@ from secateur.errors import SuiteError
 from secateur.suites import Suite
 
 PartName = Literal["fit", "select", "test"]
-MARKER_SHARES = {"fit": 0.40, "select": 0.20, "test": 0.40}
+MARKER_SHARES = {"fit": 0.50, "select": 0.20, "test": 0.30}
 MIN_MARKERS = 2
 
 
@@ -58,7 +58,7 @@ def whole(suite: Suite) -> Part:
 def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits:
     """Divide a suite's markers and paraphrases, deterministically in the seed.
 
-    Within each group 40 % of the markers go to fit, 20 % to select and the rest to test. Of each
+    Within each group half of the markers go to fit, 20 % to select and the rest to test. Of each
     scenario's paraphrases, shuffled, one goes to fit, one to select and the rest to test.
 
     Parameters
@@ -79,7 +79,7 @@ def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits
                 f"{3 * MIN_MARKERS}, to fit, select and test on different ones."
             )
         order = (start + rng.permutation(len(words))).tolist()
-        n_fit = max(MIN_MARKERS, round(MARKER_SHARES["fit"] * len(words)))
+        n_fit = min(round(MARKER_SHARES["fit"] * len(words)), len(words) - 2 * MIN_MARKERS)
         n_select = max(MIN_MARKERS, round(MARKER_SHARES["select"] * len(words)))
         markers["fit"] += order[:n_fit][:max_markers]
         markers["select"] += order[n_fit : n_fit + n_select][:max_markers]

@@ -67,6 +67,10 @@ class NeutralText:
             by_length.setdefault(len(window.tokens), []).append(number)
         return [numbers[i : i + rows] for numbers in by_length.values() for i in range(0, len(numbers), rows)]
 
+    def first_batch(self) -> NeutralText:
+        """The windows of the first of :meth:`batches` alone."""
+        return NeutralText(tuple(self.windows[n] for n in self.batches()[0]), self.window, self.stride)
+
 
 def read_passages(path: str | Path | None = None) -> list[str]:
     """Paragraphs of a text file (separated by blank lines); long or unbroken text is cut into blocks.

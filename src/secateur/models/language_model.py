@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import NumericalError
 from secateur.models.families import Family, family_of, kv_heads, query_heads
+from secateur.models.linear import fast_linear
 
 VOCABULARY_CHUNK = 16_384
 
@@ -120,12 +121,13 @@ class LanguageModel:
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Last hidden state after the final norm, (batch, tokens, hidden); counts the tokens."""
         self.usage.forward += input_ids.numel()
-        output = self.model.base_model(
-            input_ids=input_ids.to(self.input_device),
-            position_ids=None if position_ids is None else position_ids.to(self.input_device),
-            attention_mask=None if attention_mask is None else attention_mask.to(self.input_device),
-            use_cache=False,
-        )
+        with fast_linear():
+            output = self.model.base_model(
+                input_ids=input_ids.to(self.input_device),
+                position_ids=None if position_ids is None else position_ids.to(self.input_device),
+                attention_mask=None if attention_mask is None else attention_mask.to(self.input_device),
+                use_cache=False,
+            )
         return output[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -139,7 +141,8 @@ class LanguageModel:
         bias: Tensor | None = getattr(head, "bias", None)
         hidden = hidden.to(weight.device).float()
         if weight.dtype == torch.float32:
-            logits = nn.functional.linear(hidden, weight)
+            with fast_linear():
+                logits = nn.functional.linear(hidden, weight)
         else:  # chunks keep the fp32 copy of the vocabulary small
             chunks = (nn.functional.linear(hidden, part.float()) for part in weight.split(VOCABULARY_CHUNK))
             logits = torch.cat(list(chunks), dim=-1)

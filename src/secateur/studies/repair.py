@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import SettingError
+from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.disparity import Comparison, Interval, compare, corrected_square, suite_bias
@@ -26,7 +27,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring import Scorer, Scores, scorer
 from secateur.scoring.attribution import disparity
-from secateur.search.elimination import MAX_STEP, CandidateKind, Selection, geometric_counts, next_step, top_units
+from secateur.search.elimination import CandidateKind, Selection, geometric_counts, next_step, top_units, try_step
 from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
@@ -357,25 +358,48 @@ class _Run:
     def _eliminate(self, method: Scorer, scores: Scores) -> None:
         """Remove heads and neurons together in rounds, scoring anew on the next fold after each.
 
-        A step that breaks the utility limit is taken back and tried again with a quarter of its
-        units: some units cost far more together than their second-order costs say.
+        The path is measured on select whenever it has doubled, and at its end. Where it breaks the
+        utility limit, it ends, and the sets before are measured, the last first, until one keeps to it.
         """
+        path = []
+        measured = 0
+        for removed in self._path(method, scores):
+            path.append(removed)
+            if len(removed) >= 2 * measured:
+                measured = len(removed)
+                if not self._measure(Selection("both", removed)).within_limit:
+                    break
+        if path and len(path[-1]) > measured:
+            self._measure(Selection("both", path[-1]))
+        for removed in path[-2::-1]:
+            if self.candidates[-1][1].within_limit or self._known(removed):
+                return
+            self._measure(Selection("both", removed))
+
+    def _path(self, method: Scorer, scores: Scores) -> Iterator[np.ndarray]:
+        """Growing sets of removed units, one per round."""
+        assert self.data.fit[0].text is not None
         space = UnitSpace.of(self.model)
-        removed = np.zeros(0, dtype=int)
-        largest = MAX_STEP
+        divergence = Divergence(self.model, self.data.fit[0].text)
+        removed = refused = np.zeros(0, dtype=int)
+        damage = 0.0
         for number in range(self.settings.rounds):
+            if number > 0:
+                scores = self._score(method, self._mask(removed), number)
             table = self._fold(number).evaluate(self._mask(removed)).table
-            grown = next_step(scores, space, "both", removed, disparity(table), largest)
-            if len(grown) == len(removed):
+            step = next_step(scores, space, "both", np.concatenate([removed, refused]), disparity(table))
+            with self.recorder.step("Try the next units on neutral text", len(step)) as advance:
+                trial = try_step(
+                    removed, step, scores.cost, lambda units: divergence.of(self._mask(units)), damage, advance
+                )
+            refused, damage = np.concatenate([refused, trial.refused]), trial.damage
+            if len(trial.removed) == len(removed):
                 return
-            record = self._measure(Selection("both", grown))
-            if record.within_limit:
-                removed, largest = grown, min(2 * largest, MAX_STEP)
-            else:
-                largest = (len(grown) - len(removed)) // 4
-            if largest == 0 or number + 1 == self.settings.rounds:
-                return
-            scores = self._score(method, self._mask(removed), number + 1)
+            removed = trial.removed
+            yield removed
+
+    def _known(self, removed: np.ndarray) -> bool:
+        return any(np.array_equal(mask.removed, np.sort(removed)) for mask, _ in self.candidates)
 
     def _mask(self, removed: np.ndarray) -> Mask:
         return Mask.removing(self.model, removed, self.means)
