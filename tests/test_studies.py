@@ -24,7 +24,7 @@ from secateur.studies.repair import CandidateRecord, judge, why_nothing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PASSING, FAILING = 1, 2  # seeds of tiny models: a repair of the small suite finds something, or nothing
+PASSING, FAILING = 1, 3  # seeds of tiny models: a repair of the small suite finds something, or nothing
 INTERVAL = {"value", "low", "high"}
 ATTACK = "</script><script>alert(1)</script>"
 
@@ -202,7 +202,7 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     assert run["model"]["type"] == "llama"
     assert (run["tokens_forward"], run["tokens_backward"]) == (result["tokens_forward"], result["tokens_backward"])
     parts = [set(run["splits"][name]["markers"]) for name in ("fit", "select", "test")]
-    assert [len(part) for part in parts] == [6, 4, 6]
+    assert [len(part) for part in parts] == [8, 4, 4]
     assert len(set.union(*parts)) == 16
     assert_self_contained(output / "report.html")
     assert f"Verdict: {result['verdict']}." in outcome.out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -13,11 +13,13 @@ from secateur.scoring import Scores
 from secateur.units import UnitSpace
 
 CandidateKind = Literal["heads", "neurons", "both"]
-MAX_STEP = 80
+MAX_STEP = 100
 # A first-order prediction promises too much, so a step aims at less than all of the disparity.
 STEP_SHARE = 0.8
-# Loss increase in nats per token that is not worth looking into: units always cost a little more
-# together than the sum of their costs.
+# Units that go well together do about a quarter of the damage that their costs add up to; more than
+# half of it means that some unit's estimate is far off. Damage below the tolerance, in nats per token,
+# is not worth looking into.
+DAMAGE_SHARE = 0.5
 TOLERANCE = 5e-4
 MAX_TRIALS = 24
 
@@ -47,14 +49,14 @@ def ranking(scores: Scores, space: UnitSpace, kind: CandidateKind, excluded: np.
     return np.asarray(order[eligible[order]])
 
 
-def geometric_counts(largest: int, steps: int = 2, factor: int = 4) -> list[int]:
-    """Up to ``steps`` counts that grow by ``factor`` and end at the largest: 16, 64 for 64."""
+def geometric_counts(largest: int, steps: int = 3, factor: int = 4) -> list[int]:
+    """Up to ``steps`` counts from the largest down, each a quarter of the one before: 64, 16, 4 for 64."""
     counts = [largest // factor**step for step in range(steps)]
-    return sorted(count for count in counts if count >= 1)
+    return [count for count in counts if count >= 1]
 
 
 def top_units(scores: Scores, space: UnitSpace, kind: CandidateKind, counts: list[int]) -> Iterator[Selection]:
-    """The first units of one ranking, for each of several ascending counts."""
+    """The first units of one ranking, for each of several counts."""
     order = ranking(scores, space, kind)
     for count in counts:
         if count <= len(order):
@@ -82,51 +84,54 @@ def next_step(
     return order[:count]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Trial:
-    """What became of a step: all units removed by now, those refused, and the damage done so far."""
-
-    removed: np.ndarray
-    refused: np.ndarray
-    damage: float
-
-
-def try_step(
-    removed: np.ndarray,
-    step: np.ndarray,
-    cost: np.ndarray,
-    damage: Callable[[np.ndarray], float],
-    damage_before: float,
-    advance: Advance = lambda _: None,
-) -> Trial:
-    """Remove the units of a step that do no more damage together than their costs say.
+    """Removes the units of a step that do together no more damage than their costs allow.
 
     A cost is a second-order estimate for one unit alone. A few units do many times that damage,
-    or do it only together with others. A part of the step that does is halved until such units
-    stand alone, and these are refused; after :data:`MAX_TRIALS` measurements, whole parts are.
+    or do it only together with others. A part of the step with too much damage is halved until such
+    units stand alone, and these are refused; after :data:`MAX_TRIALS` measurements, whole parts are.
 
-    Parameters
+    Attributes
     ----------
-    removed, step: flat positions.
     cost: (units,), predicted loss increase of each unit in nats per token.
-    damage: measures a set of removed units, in nats per token.
-    damage_before: of ``removed``.
+    measure: the damage of a set of removed units, in nats per token.
+    removed, refused: flat positions, in the order of the decisions.
+    damage: of ``removed``, as measured.
     """
-    refused: list[np.ndarray] = []
-    parts = [step] if len(step) else []
-    trials = 0
-    while parts:
-        part = parts.pop(0)
-        together = np.concatenate([removed, part]).astype(int)
-        measured = damage(together)
-        trials += 1
-        if measured - damage_before <= cost[part].sum() + TOLERANCE:
-            removed, damage_before = together, measured
-            advance(len(part))
-        elif len(part) == 1 or trials >= MAX_TRIALS:
-            refused.append(part)
-            advance(len(part))
-        else:
-            half = len(part) // 2
-            parts = [part[:half], part[half:], *parts]
-    return Trial(removed, np.concatenate([*refused, np.zeros(0)]).astype(int), damage_before)
+
+    cost: np.ndarray
+    measure: Callable[[np.ndarray], float]
+    removed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    refused: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    damage: float = 0.0
+
+    def remove(self, step: np.ndarray, advance: Advance = lambda _: None) -> None:
+        """Decide on every unit of a step, given as flat positions."""
+        trials = 0
+
+        def harmless(part: np.ndarray) -> bool:
+            nonlocal trials
+            trials += 1
+            together = np.concatenate([self.removed, part])
+            damage = self.measure(together)
+            if damage - self.damage > DAMAGE_SHARE * self.cost[part].sum() + TOLERANCE:
+                return False
+            self.removed, self.damage = together, damage
+            return True
+
+        def decide(part: np.ndarray, suspect: bool = False) -> None:
+            alone = len(part) == 1
+            if (alone or not suspect) and harmless(part):
+                advance(len(part))
+            elif alone or trials >= MAX_TRIALS:
+                self.refused = np.concatenate([self.refused, part])
+                advance(len(part))
+            else:
+                half, refused = len(part) // 2, len(self.refused)
+                decide(part[:half])
+                # Where the first half is harmless, the harm that was seen lies in the second.
+                decide(part[half:], suspect=len(self.refused) == refused)
+
+        if len(step):
+            decide(step)

@@ -27,7 +27,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring import Scorer, Scores, scorer
 from secateur.scoring.attribution import disparity
-from secateur.search.elimination import CandidateKind, Selection, geometric_counts, next_step, top_units, try_step
+from secateur.search.elimination import CandidateKind, Selection, Trial, geometric_counts, next_step, top_units
 from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
@@ -330,8 +330,7 @@ class _Run:
             select.evaluate(None, advance, utility=True)
         method = scorer(self.settings.method)
         scores = self._score(method, None)
-        for selection in self._ranked(scores):
-            self._measure(selection)
+        self._rank(scores)
         self._eliminate(method, scores)
         return scores
 
@@ -343,7 +342,8 @@ class _Run:
     def _fold(self, number: int) -> Evaluator:
         return self.data.fit[number % len(self.data.fit)]
 
-    def _ranked(self, scores: Scores) -> Iterator[Selection]:
+    def _rank(self, scores: Scores) -> None:
+        """Measure heads alone and neurons alone, as first ranked: the largest number that keeps to the limit."""
         space = UnitSpace.of(self.model)
         limits: tuple[tuple[CandidateKind, int], ...] = (
             ("heads", self.settings.max_heads),
@@ -351,55 +351,44 @@ class _Run:
         )
         for kind, largest in limits:
             for selection in top_units(scores, space, kind, geometric_counts(largest)):
-                yield selection
-                if self.candidates[-1][1].perplexity_increase > 2 * self.limit:
-                    break  # more of the same kind would cost even more
+                if self._measure(selection).within_limit:
+                    break  # fewer units of the same kind would do less
 
     def _eliminate(self, method: Scorer, scores: Scores) -> None:
         """Remove heads and neurons together in rounds, scoring anew on the next fold after each.
 
-        The path is measured on select whenever it has doubled, and at its end. Where it breaks the
-        utility limit, it ends, and the sets before are measured, the last first, until one keeps to it.
+        What is removed is measured on select after 1, 3, 7, ... rounds and at the end. Where it breaks
+        the utility limit, the rounds before are measured, the last first, until one keeps to it.
         """
-        path = []
-        measured = 0
-        for removed in self._path(method, scores):
-            path.append(removed)
-            if len(removed) >= 2 * measured:
-                measured = len(removed)
+        since_measured: list[np.ndarray] = []
+        for number, removed in enumerate(self._path(method, scores), start=1):
+            since_measured.append(removed)
+            if number & (number + 1) == 0:
                 if not self._measure(Selection("both", removed)).within_limit:
+                    since_measured.pop()
                     break
-        if path and len(path[-1]) > measured:
-            self._measure(Selection("both", path[-1]))
-        for removed in path[-2::-1]:
-            if self.candidates[-1][1].within_limit or self._known(removed):
-                return
-            self._measure(Selection("both", removed))
+                since_measured.clear()
+        for removed in reversed(since_measured):
+            if self._measure(Selection("both", removed)).within_limit:
+                break
 
     def _path(self, method: Scorer, scores: Scores) -> Iterator[np.ndarray]:
         """Growing sets of removed units, one per round."""
         assert self.data.fit[0].text is not None
         space = UnitSpace.of(self.model)
         divergence = Divergence(self.model, self.data.fit[0].text)
-        removed = refused = np.zeros(0, dtype=int)
-        damage = 0.0
+        trial = Trial(scores.cost, lambda units: divergence.of(self._mask(units)))
         for number in range(self.settings.rounds):
             if number > 0:
-                scores = self._score(method, self._mask(removed), number)
-            table = self._fold(number).evaluate(self._mask(removed)).table
-            step = next_step(scores, space, "both", np.concatenate([removed, refused]), disparity(table))
+                scores = self._score(method, self._mask(trial.removed), number)
+            table = self._fold(number).evaluate(self._mask(trial.removed)).table
+            step = next_step(scores, space, "both", np.concatenate([trial.removed, trial.refused]), disparity(table))
+            before = len(trial.removed)
             with self.recorder.step("Try the next units on neutral text", len(step)) as advance:
-                trial = try_step(
-                    removed, step, scores.cost, lambda units: divergence.of(self._mask(units)), damage, advance
-                )
-            refused, damage = np.concatenate([refused, trial.refused]), trial.damage
-            if len(trial.removed) == len(removed):
+                trial.remove(step, advance)
+            if len(trial.removed) == before:
                 return
-            removed = trial.removed
-            yield removed
-
-    def _known(self, removed: np.ndarray) -> bool:
-        return any(np.array_equal(mask.removed, np.sort(removed)) for mask, _ in self.candidates)
+            yield trial.removed
 
     def _mask(self, removed: np.ndarray) -> Mask:
         return Mask.removing(self.model, removed, self.means)

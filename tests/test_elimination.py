@@ -1,0 +1,131 @@
+"""Removing in rounds: which units a step takes, and which a trial refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.scoring import Scores
+from secateur.search.elimination import (
+    DAMAGE_SHARE,
+    MAX_TRIALS,
+    STEP_SHARE,
+    TOLERANCE,
+    Trial,
+    geometric_counts,
+    next_step,
+    ranking,
+    top_units,
+)
+from secateur.units import UnitSpace
+
+SPACE = UnitSpace(heads=(2, 2), kv_heads=(1, 1), neurons=(8, 8), head_dim=4)
+UNITS = len(SPACE)
+SEEDS = st.integers(0, 10_000)
+
+
+def random_scores(seed: int) -> Scores:
+    rng = np.random.default_rng(seed)
+    return Scores(rng.normal(size=UNITS), rng.uniform(0, 0.5, UNITS), rng.uniform(0.1, 1, UNITS))
+
+
+@given(SEEDS, st.sampled_from(["heads", "neurons", "both"]))
+def test_ranking_holds_units_with_a_gain_in_order_of_gain_per_cost(seed: int, kind: str) -> None:
+    scores = random_scores(seed)
+    order = ranking(scores, SPACE, kind, np.array([0, 5]))  # type: ignore[arg-type]
+    of_kind = {"heads": range(4), "neurons": range(4, UNITS), "both": range(UNITS)}[kind]
+    expected = [u for u in of_kind if -scores.effect[u] > scores.error[u] and u not in (0, 5)]
+    gain = (-scores.effect - scores.error) / scores.cost
+    assert order.tolist() == sorted(expected, key=lambda u: -gain[u])
+
+
+def test_equal_ranks_go_to_the_lower_position() -> None:
+    scores = Scores(np.full(UNITS, -1.0), np.zeros(UNITS), np.ones(UNITS))
+    assert ranking(scores, SPACE, "both").tolist() == list(range(UNITS))
+
+
+@given(SEEDS, st.floats(0.01, 20), st.integers(1, UNITS))
+def test_step_stops_where_the_prediction_reaches_its_share(seed: int, disparity: float, largest: int) -> None:
+    scores = random_scores(seed)
+    step = next_step(scores, SPACE, "both", np.zeros(0, dtype=int), disparity, largest)
+    order = ranking(scores, SPACE, "both")
+    assert step.tolist() == order[: len(step)].tolist()
+    assert len(step) <= largest
+    promised = -scores.effect[step]
+    assert promised[:-1].sum() < STEP_SHARE * disparity
+    assert promised.sum() >= STEP_SHARE * disparity or len(step) in (largest, len(order))
+
+
+@pytest.mark.parametrize(("largest", "counts"), [(64, [64, 16, 4]), (4, [4, 1]), (1, [1]), (0, []), (7, [7, 1])])
+def test_counts_fall_by_quarters(largest: int, counts: list[int]) -> None:
+    assert geometric_counts(largest) == counts
+
+
+def test_counts_beyond_the_ranking_are_left_out() -> None:
+    scores = Scores(np.array([-1.0] * 3 + [1.0] * (UNITS - 3)), np.zeros(UNITS), np.ones(UNITS))
+    assert [s.removed.tolist() for s in top_units(scores, SPACE, "both", [4, 3, 1])] == [[0, 1, 2], [0]]
+
+
+class Damage:
+    """Adds up each removed unit's damage, and counts how often it is asked."""
+
+    def __init__(self, damage: np.ndarray) -> None:
+        self.damage = damage
+        self.asked = 0
+
+    def __call__(self, removed: np.ndarray) -> float:
+        self.asked += 1
+        return float(self.damage[removed].sum())
+
+
+@given(st.integers(1, 80), st.sets(st.integers(0, 79), max_size=2))
+def test_trial_refuses_exactly_the_units_that_cost_too_much(size: int, guilty: set[int]) -> None:
+    step = np.random.default_rng(size).permutation(80)[:size]
+    cost, harm = np.full(80, 0.01), np.full(80, 0.004)
+    harm[list(guilty)] = 5.0
+    measure, told = Damage(harm), []
+    trial = Trial(cost, measure)
+    trial.remove(step, told.append)
+    assert set(trial.refused) == guilty & set(step)
+    assert set(trial.removed) == set(step) - guilty
+    assert sum(told) == size
+    assert trial.damage == pytest.approx(0.004 * len(trial.removed))
+    assert measure.asked == 1 or guilty & set(step)
+    assert measure.asked <= 1 + 2 * 2 * np.ceil(np.log2(max(2, size)))
+
+
+def test_single_culprit_is_found_with_about_one_measurement_per_halving() -> None:
+    harm = np.full(64, 0.004)
+    harm[63] = 5.0
+    measure = Damage(harm)
+    Trial(np.full(64, 0.01), measure).remove(np.arange(64))
+    assert measure.asked == 1 + 6 + 1  # the whole, the first half of each part, the culprit alone
+
+
+def test_trial_goes_on_from_the_damage_so_far() -> None:
+    harm = np.array([0.0, 0.3, 0.3, 0.3])
+    measure = Damage(harm)
+    trial = Trial(np.full(4, 0.61), measure)
+    for unit in range(4):
+        trial.remove(np.array([unit]))
+    assert trial.removed.tolist() == [0, 1, 2, 3]
+    trial.remove(np.zeros(0, dtype=int))
+    assert measure.asked == 4
+
+
+@pytest.mark.parametrize(("harm", "kept"), [(TOLERANCE * 0.9, 1), (TOLERANCE * 1.1, 0)])
+def test_small_excess_is_tolerated(harm: float, kept: int) -> None:
+    trial = Trial(np.full(1, 0.1), Damage(np.full(1, DAMAGE_SHARE * 0.1 + harm)))
+    trial.remove(np.array([0]))
+    assert len(trial.removed) == kept
+
+
+def test_hopeless_steps_end_after_a_bounded_number_of_measurements() -> None:
+    measure = Damage(np.full(200, 5.0))
+    trial = Trial(np.full(200, 0.01), measure)
+    trial.remove(np.arange(200))
+    assert measure.asked <= MAX_TRIALS + 10
+    assert len(trial.removed) == 0
+    assert sorted(trial.refused) == list(range(200))
