@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiny import NAMES, tiny_model
 
 from secateur.errors import NumericalError, SettingError
-from secateur.measures.answers import MAX_TREE_TOKENS, Batch, batch_y, measure_y, pack
-from secateur.measures.packing import TokenTree, lay_out_rows, lay_out_tree, use_tree
+from secateur.measures.answers import ROW_TOKENS, Batch, batch_y, measure_y, pack
+from secateur.measures.packing import TokenTree, lay_out_rows, lay_out_trees, use_tree
 from secateur.measures.prompts import Prompt, PromptSet, build_prompts
 from secateur.measures.splits import whole
 from secateur.models import LanguageModel
@@ -179,7 +179,8 @@ def test_long_trees_are_cut() -> None:
     prompts = tuple(Prompt(0, 0, n, context, ((1, 2), (3,))) for n, context in enumerate(contexts))
     batches = pack(model_of("llama"), PromptSet(SUITE, prompts, tuple(range(10)), np.zeros(10, dtype=int)))
     assert len(batches) > 1
-    assert max(batch.tokens for batch in batches) <= MAX_TREE_TOKENS
+    assert max(batch.layout.input_ids.shape[1] for batch in batches) <= ROW_TOKENS
+    assert [len(batch.layout.input_ids) for batch in batches] == [2, 2, 1]
     assert [p for batch in batches for p in batch.prompts] == list(prompts)
 
 
@@ -222,12 +223,33 @@ def test_tree_row_shows_every_token_its_ancestors_only(sequences: list[list[int]
     tree = TokenTree()
     for sequence in sequences:
         tree.add(sequence)
-    layout = lay_out_tree(tree, torch.float32)
+    layout = lay_out_trees(tree, 0, torch.float32)
     visible = layout.attention_mask[0, 0] == 0
     for node in range(len(tree)):
         seen = visible[node].nonzero().flatten()
         assert layout.input_ids[0, seen].tolist() == path_of(tree, node)
         assert layout.position_ids[0, seen].tolist() == list(range(len(seen)))
+
+
+@given(SEQUENCES, SEQUENCES)
+def test_each_tree_has_a_row_of_its_own(first: list[list[int]], second: list[list[int]]) -> None:
+    tree, alone = TokenTree(), (TokenTree(), TokenTree())
+    for row, sequences in enumerate((first, second)):
+        for sequence in sequences:
+            tree.add(sequence, -1 - row)
+            alone[row].add(sequence)
+    layout = lay_out_trees(tree, 9, torch.float32)
+    for row, one in enumerate(alone):
+        expected = lay_out_trees(one, 9, torch.float32)
+        size = len(one)
+        assert layout.input_ids[row, :size].tolist() == expected.input_ids[0].tolist()
+        assert layout.position_ids[row, :size].tolist() == expected.position_ids[0].tolist()
+        assert torch.equal(layout.attention_mask[row, :, :size, :size], expected.attention_mask[0])
+        assert bool((layout.attention_mask[row, 0, :size, size:] < 0).all())
+        assert bool((layout.input_ids[row, size:] == 9).all())
+        assert bool((layout.nodes[row, size:] == -1).all())
+    places = list(zip(layout.row.tolist(), layout.column.tolist(), strict=True))
+    assert [int(layout.nodes[place]) for place in places] == list(range(len(tree)))
 
 
 @given(SEQUENCES)

@@ -71,7 +71,7 @@ def audit(
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     seed: Seed = 0,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = 128,
     chat: Chat = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -119,13 +119,13 @@ def repair(
     ] = "control-colour",
     max_heads: Annotated[int, typer.Option(help="Most heads in a heads-only candidate.")] = 4,
     max_neurons: Annotated[int, typer.Option(help="Most neurons in a neurons-only candidate.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 6,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
     seed: Seed = 0,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = 128,
     chat: Chat = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -235,11 +235,9 @@ def _load(model: str | None, dtype: str, device: str | None, device_map: str | N
 
 
 def _chat(mode: str) -> Any:
-    from secateur.errors import SettingError
+    from secateur.measures.prompts import check_chat
 
-    if mode not in ("auto", "chat", "plain"):
-        raise SettingError(f"Unknown chat mode '{mode}'; choose auto, chat or plain.")
-    return mode
+    return check_chat(mode)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NumericalError, SettingError
-from secateur.measures.packing import Layout, TokenTree, lay_out_rows, lay_out_tree, use_tree
+from secateur.measures.packing import Layout, TokenTree, lay_out_rows, lay_out_trees, use_tree
 from secateur.measures.prompts import Prompt, PromptSet
 from secateur.models import LanguageModel
 from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
 
-DEFAULT_BATCH_SIZE = 64
-# Attention over a packed row grows with its square; beyond this length packing costs more than it saves.
-MAX_TREE_TOKENS = 448
+DEFAULT_BATCH_SIZE = 128
+# Attention over a row grows with its square; beyond this length a longer tree costs more than it saves.
+ROW_TOKENS = 448
+ROW_PROMPTS = 64
 SHARED = -1
 
 
@@ -57,30 +58,37 @@ def pack(model: LanguageModel, prompts: PromptSet, batch_size: int = DEFAULT_BAT
     longest = max(len(p.context) + max(len(a) for a in p.answers) for p in prompts.prompts)
     tree = use_tree(model, longest)
     whole, owner = _owners(prompts.prompts)
+    if tree:
+        rows = list(_rows(prompts.prompts, min(batch_size, ROW_PROMPTS), ROW_TOKENS))
+        per_batch = max(1, batch_size // ROW_PROMPTS)
+        groups = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
+    else:
+        groups = [[row] for row in _rows(prompts.prompts, batch_size)]
     batches, first = [], 0
-    for group in _groups(prompts.prompts, batch_size, MAX_TREE_TOKENS if tree else None):
+    for group in groups:
         place = partial(_positions, whole=whole, owner=owner, first=first)
         batches.append(_pack(model, group, tree, place))
-        first += len(group)
+        first += sum(map(len, group))
     return batches
 
 
-def _groups(prompts: Sequence[Prompt], batch_size: int, max_tokens: int | None) -> Iterator[list[Prompt]]:
-    group: list[Prompt] = []
+def _rows(prompts: Sequence[Prompt], size: int, max_tokens: int | None = None) -> Iterator[list[Prompt]]:
+    """Cut a sequence of prompts into runs of at most ``size``, whose trees have at most ``max_tokens`` tokens."""
+    row: list[Prompt] = []
     tree = TokenTree()
     for prompt in prompts:
         _insert(tree, prompt)
-        if group and (len(group) == batch_size or (max_tokens is not None and len(tree) > max_tokens)):
-            yield group
-            group, tree = [], TokenTree()
+        if row and (len(row) == size or (max_tokens is not None and len(tree) > max_tokens)):
+            yield row
+            row, tree = [], TokenTree()
             _insert(tree, prompt)
-        group.append(prompt)
-    yield group
+        row.append(prompt)
+    yield row
 
 
-def _insert(tree: TokenTree, prompt: Prompt) -> list[list[int]]:
+def _insert(tree: TokenTree, prompt: Prompt, root: int = -1) -> list[list[int]]:
     """Add a prompt to the tree; per answer, the nodes that its tokens are predicted from."""
-    end = tree.add(prompt.context)
+    end = tree.add(prompt.context, root)
     steps = []
     for answer in prompt.answers:
         nodes = [end]
@@ -92,8 +100,8 @@ def _insert(tree: TokenTree, prompt: Prompt) -> list[list[int]]:
 
 def _pack(
     model: LanguageModel,
-    prompts: list[Prompt],
-    use_tree_layout: bool,
+    rows: list[list[Prompt]],
+    use_trees: bool,
     owners: Callable[[Layout, TokenTree], Tensor],
 ) -> Batch:
     tree = TokenTree()
@@ -101,17 +109,19 @@ def _pack(
     tokens: list[int] = []
     answers: list[int] = []
     count = 0
-    for prompt in prompts:
-        for answer, sources in zip(prompt.answers, _insert(tree, prompt), strict=True):
+    placed = [(prompt, -1 - number) for number, row in enumerate(rows) for prompt in row]
+    for prompt, root in placed:
+        for answer, sources in zip(prompt.answers, _insert(tree, prompt, root), strict=True):
             nodes += sources
             tokens += answer
             answers += [count] * len(answer)
             count += 1
     unique, read = torch.unique(torch.tensor(nodes), return_inverse=True)
     padding = model.tokenizer.pad_token_id or 0
-    layout = lay_out_tree(tree, model.dtype) if use_tree_layout else lay_out_rows(tree, padding)
+    layout = lay_out_trees(tree, padding, model.dtype) if use_trees else lay_out_rows(tree, padding)
     owner = owners(layout, tree)
-    return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), tuple(prompts), owner)
+    prompts = tuple(prompt for prompt, _ in placed)
+    return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), prompts, owner)
 
 
 def _owners(prompts: Sequence[Prompt]) -> tuple[TokenTree, list[int]]:

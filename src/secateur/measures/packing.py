@@ -2,8 +2,8 @@
 
 Prompts of a suite share most of their text: the system message, the question up to the marker, and
 for each prompt all its candidate answers. A *token tree* holds every shared prefix once. A batch of
-prompts becomes one tree; laid out as one row, every token attends to its ancestors only and has its
-depth as position, so the result equals that of separate prompts, without any padding. Models whose
+prompts becomes one tree, or a few; laid out as a row each, every token attends to its ancestors only and
+has its depth as position, so the result equals that of separate prompts, with next to no padding. Models whose
 attention does not follow mask and positions alone (see ``Family.tree``) get the tree's root-to-leaf
 paths as right-padded rows instead.
 """
@@ -23,7 +23,10 @@ from secateur.models.families import attention_window, supports_tree
 
 @dataclass
 class TokenTree:
-    """A prefix tree of token sequences; nodes are numbered in order of insertion, parents first."""
+    """Prefix trees of token sequences; nodes are numbered in order of insertion, parents first.
+
+    Each row of a layout is a tree of its own: -1 is the root of row 0, -2 that of row 1, and so on.
+    """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -34,11 +37,11 @@ class TokenTree:
         return len(self.tokens)
 
     def child(self, node: int, token: int) -> int:
-        """The node below ``node`` (-1 is the root) for a token."""
+        """The node below ``node`` (or a root) for a token."""
         return self._children[node, token]
 
     def add(self, sequence: Sequence[int], after: int = -1) -> int:
-        """Insert a sequence below a node (-1 is the root) and return its last node."""
+        """Insert a sequence below a node or a root and return its last node."""
         node = after
         for token in sequence:
             child = self._children.get((node, token))
@@ -59,8 +62,8 @@ class Layout:
     Attributes
     ----------
     input_ids, position_ids: (rows, columns).
-    attention_mask: additive (1, 1, columns, columns) for a tree in one row, or 0/1
-        (rows, columns) for padded rows.
+    attention_mask: additive (rows, 1, columns, columns) for one tree per row, or 0/1
+        (rows, columns) for one sequence per row.
     row, column: (nodes,), where each node stands.
     nodes: (rows, columns), the node at each position; -1 for padding.
     """
@@ -79,25 +82,45 @@ def use_tree(model: LanguageModel, longest: int) -> bool:
     return supports_tree(model.model.config) and (window is None or longest <= window)
 
 
-def lay_out_tree(tree: TokenTree, dtype: torch.dtype) -> Layout:
-    """Lay a tree out in one row in which every token sees its ancestors and itself."""
-    size = len(tree)
-    visible = np.zeros((size, size), dtype=bool)
+def lay_out_trees(tree: TokenTree, padding: int, dtype: torch.dtype) -> Layout:
+    """Lay every tree out in a row of its own in which every token sees its ancestors and itself."""
+    row, column, lengths = _places(tree)
+    shape = (len(lengths), max(lengths))
+    visible = np.tile(np.eye(shape[1], dtype=bool), (shape[0], 1, 1))
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
-            visible[node] = visible[parent]
-        visible[node, node] = True
+            visible[row[node], column[node]] |= visible[row[node], column[parent]]
     # An additive mask serves every attention implementation; some families only add theirs.
-    additive = torch.zeros((size, size), dtype=dtype)
-    additive.masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
+    additive = torch.zeros((shape[0], 1, shape[1], shape[1]), dtype=dtype)
+    additive.masked_fill_(~torch.from_numpy(visible)[:, None], torch.finfo(dtype).min)
+
+    def place(values: Sequence[int], rest: int) -> Tensor:
+        placed = torch.full(shape, rest)
+        placed[row, column] = torch.tensor(values)
+        return placed
+
     return Layout(
-        input_ids=torch.tensor([tree.tokens]),
-        position_ids=torch.tensor([tree.depths]),
-        attention_mask=additive[None, None],
-        row=torch.zeros(size, dtype=torch.long),
-        column=torch.arange(size),
-        nodes=torch.arange(size)[None],
+        input_ids=place(tree.tokens, padding),
+        position_ids=place(tree.depths, 0),
+        attention_mask=additive,
+        row=torch.tensor(row),
+        column=torch.tensor(column),
+        nodes=place(range(len(tree)), -1),
     )
+
+
+def _places(tree: TokenTree) -> tuple[list[int], list[int], list[int]]:
+    """Row and column of every node, and the length of every row."""
+    row: list[int] = []
+    column: list[int] = []
+    lengths: list[int] = []
+    for parent in tree.parents:
+        number = row[parent] if parent >= 0 else -1 - parent
+        lengths += [0] * (number + 1 - len(lengths))
+        row.append(number)
+        column.append(lengths[number])
+        lengths[number] += 1
+    return row, column, lengths
 
 
 def lay_out_rows(tree: TokenTree, padding: int) -> Layout:

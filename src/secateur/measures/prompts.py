@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -91,6 +91,13 @@ class PromptSet:
         count = np.zeros((len(scenario), len(marker)))
         np.add.at(count, (rows, columns), 1)
         return np.asarray(weights[rows, columns] / count[rows, columns])
+
+
+def check_chat(mode: str) -> ChatMode:
+    """Validate the name of a chat mode."""
+    if mode not in get_args(ChatMode):
+        raise SettingError(f"Unknown chat mode '{mode}'; choose auto, chat or plain.")
+    return mode  # type: ignore[return-value]
 
 
 def all_markers(suite: Suite) -> list[tuple[int, str]]:

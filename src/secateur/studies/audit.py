@@ -24,7 +24,7 @@ from secateur.measures.disparity import (
     statistics,
     suite_bias,
 )
-from secateur.measures.prompts import ChatMode, build_prompts
+from secateur.measures.prompts import ChatMode, build_prompts, check_chat
 from secateur.measures.splits import whole
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -104,7 +104,12 @@ def audit(
     seed: of permutations and bootstrap.
     batch_size: prompts in one forward pass.
     chat: "auto", "chat" or "plain": whether prompts go through the model's chat template.
+
+    Raises
+    ------
+    SettingError: an unknown chat mode, or "chat" for a model without a template.
     """
+    check_chat(chat)
     recorder = Recorder(model, progress or Progress())
     evaluator = Evaluator(model, build_prompts(model, suite, whole(suite), chat), batch_size=batch_size)
     with recorder.step(f"Audit {suite.name}", evaluator.work()) as advance:

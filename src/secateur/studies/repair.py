@@ -14,7 +14,7 @@ from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.disparity import Comparison, Interval, compare, corrected_square, suite_bias
-from secateur.measures.prompts import ChatMode, PromptSet, build_prompts
+from secateur.measures.prompts import ChatMode, PromptSet, build_prompts, check_chat
 from secateur.measures.splits import Splits, split
 from secateur.measures.utility import (
     DEFAULT_UTILITY_TOKENS,
@@ -74,7 +74,7 @@ class RepairSettings:
     control_suite: str | None = "control-colour"
     max_heads: int = 4
     max_neurons: int = 64
-    rounds: int = 7
+    rounds: int = 6
 
     def check(self) -> None:
         """Refuse settings that make no sense, before anything expensive.
@@ -86,6 +86,7 @@ class RepairSettings:
         """
         scorer(self.method)
         check_ablation(self.ablation)
+        check_chat(self.chat)
         read_passages(self.utility_text)
         if self.control_suite is not None:
             load_suite(self.control_suite)
