@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -17,20 +18,20 @@ from secateur.measures.answers import batch_y, measure_y, pack
 from secateur.measures.disparity import Table, statistics
 from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import whole
-from secateur.measures.utility import NeutralText, activation_means, cut
+from secateur.measures.utility import NeutralText, Window, activation_means, cut
 from secateur.models import LanguageModel
 from secateur.scoring import SCORERS, Attribution, Scores, scorer
 from secateur.scoring.attribution import (
     DisparityGradient,
+    LossChange,
     disparity,
     disparity_gradient,
     disparity_weights,
-    loss_gradients,
-    loss_increase,
+    loss_change,
 )
 from secateur.scoring.base import CONFIDENCE
 from secateur.suites import Suite
-from secateur.units import ActivationMeans, Gates, Mask, gated, masked
+from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "A lighthouse is a tower built to carry a bright lamp above the sea. " * 3
@@ -229,37 +230,49 @@ def test_gradient_equals_one_backward_pass_over_all_prompts(name: str, batch_siz
     np.testing.assert_allclose(gradient_of(fit).value, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def plain_window_gradients(model: LanguageModel, text: NeutralText, means: ActivationMeans | None) -> np.ndarray:
-    """d(loss)/d(gate), (windows, units), from the transformers model's own logits, window by window."""
-    rows = []
-    for window in text.windows:
-        gates = Gates.ones(model, means=means)
-        with gated(model, gates):
-            logits = model.model(window.tokens[None], use_cache=False).logits[0]
-        scored = logits[window.start - 1 : -1].log_softmax(-1)
-        loss = -scored.gather(1, window.tokens[window.start :, None]).sum()
-        rows.append(torch.cat(torch.autograd.grad(loss, gates.leaves())).numpy())
-    return np.stack(rows)
+def plain_loss(model: LanguageModel, window: Window, gates: Gates) -> torch.Tensor:
+    """Loss of a window from the transformers model's own logits."""
+    with gated(model, gates):
+        logits = model.model(window.tokens[None], use_cache=False).logits[0]
+    scored = logits[window.start - 1 : -1].log_softmax(-1)
+    return -scored.gather(1, window.tokens[window.start :, None]).sum()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo"])
+def joined(gradients: Sequence[torch.Tensor]) -> np.ndarray:
+    return torch.cat(list(gradients), dim=-1).numpy().astype(float)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neo", "opt"])
 @pytest.mark.parametrize("mean", [False, True])
-def test_loss_increase_equals_a_backward_pass_per_window(name: str, mean: bool) -> None:
+def test_loss_change_equals_a_backward_pass_per_window(name: str, mean: bool) -> None:
     model, text = model_of(name), text_of(name)
     means = means_of(name) if mean else None
-    gradients = plain_window_gradients(model, text, means)
-    assert len(gradients) > 3
-    largest = np.abs(gradients).max()
-    np.testing.assert_allclose(loss_gradients(model, text, means), gradients, rtol=1e-3, atol=1e-4 * largest)
+    slope, square = np.zeros(len(UnitSpace.of(model))), np.zeros(len(UnitSpace.of(model)))
+    assert len(text.windows) > 3
+    for window in text.windows:
+        shared = Gates.ones(model, means=means)
+        slope -= joined(torch.autograd.grad(plain_loss(model, window, shared), shared.leaves()))
+        apart = Gates.ones(model, (1, len(window.tokens)), means)
+        by_position = joined(torch.autograd.grad(plain_loss(model, window, apart), apart.leaves()))[0]
+        square += (by_position**2).sum(axis=0)
     tokens = len(model.tokenizer(TEXT)["input_ids"]) - 1
-    slope = [max(0.0, -float(column.sum())) / tokens for column in gradients.T]
-    curvature = [sum(float(g) ** 2 for g in column) / tokens / 2 for column in gradients.T]
-    expected = np.add(slope, curvature)
-    np.testing.assert_allclose(loss_increase(model, text, means), expected, rtol=2e-3, atol=1e-5 * expected.max())
+    change = loss_change(model, text, means)
+    np.testing.assert_allclose(change.slope, slope / tokens, rtol=1e-3, atol=1e-4 * np.abs(slope / tokens).max())
+    np.testing.assert_allclose(change.curvature, square / tokens / 2, rtol=2e-3, atol=1e-5 * square.max() / tokens)
+
+
+def test_half_of_a_predicted_fall_of_the_loss_is_counted_on() -> None:
+    change = LossChange(slope=np.array([2.0, -2.0, -2.0]), curvature=np.array([1.0, 3.0, 0.5]))
+    np.testing.assert_allclose(change.cost, [3.0, 2.0, 0.0])
 
 
 def test_scores_weigh_gain_against_cost() -> None:
-    scores = Scores(effect=np.array([-3.0, -3.0, 1.0]), error=np.array([0.0, 1.0, 0.0]), cost=np.array([2.0, 1.0, 4.0]))
+    scores = Scores(
+        effect=np.array([-3.0, -3.0, 1.0]),
+        error=np.array([0.0, 1.0, 0.0]),
+        cost=np.array([2.0, 1.0, 4.0]),
+        damage=np.ones(3),
+    )
     np.testing.assert_allclose(scores.gain, [3, 3 - CONFIDENCE, -1])
     np.testing.assert_allclose(scores.rank, [1.5, 3 - CONFIDENCE, -0.25])
 
@@ -268,7 +281,9 @@ def test_cost_is_priced_estimated_once_and_positive() -> None:
     fit = fit_of()
     attribution = Attribution(unit_price=0.5)
     first = attribution.score(fit)
-    np.testing.assert_allclose(first.cost, loss_increase(fit.model, text_of()) + 0.5)
+    change = loss_change(fit.model, text_of())
+    np.testing.assert_allclose(first.cost, change.cost + 0.5)
+    np.testing.assert_allclose(first.damage, change.curvature + 0.5)
     with_mask = attribution.score(fit, some_mask(fit.model))
     np.testing.assert_array_equal(with_mask.cost, first.cost)
     assert not np.allclose(with_mask.effect, first.effect)

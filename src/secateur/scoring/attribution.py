@@ -2,7 +2,7 @@
 
 Give every unit a gate m_u = 1. To first order, switching unit u off changes the disparity D by -dD/dm_u.
 It changes the loss L on neutral text by -dL/dm_u + 1/2 d2L/dm_u2 to second order, the curvature being
-estimated by the empirical Fisher information (the mean squared gradient). One forward and backward
+estimated by the empirical Fisher information (the squared gradient, summed over positions). One forward and backward
 pass over the prompts, and one over the text, give both for all heads and neurons at once.
 
 The gradient of a gate as a measure of importance goes back to Molchanov et al. (2017) and, for heads, Michel
@@ -27,6 +27,30 @@ from secateur.progress import Advance
 from secateur.scoring.base import Scores
 from secateur.units import ActivationMeans, Gates, Mask, gated, masked
 
+# Part of a predicted fall of the loss that is counted on: about half of what one text promises is
+# there on another.
+CREDIT = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class LossChange:
+    """What switching each unit off is predicted to do to the loss, nats per token, both (units,).
+
+    Attributes
+    ----------
+    slope: first-order change; negative where the loss falls.
+    curvature: second-order change, at least 0; also the expected KL to the unpruned model.
+    """
+
+    slope: np.ndarray
+    curvature: np.ndarray
+
+    @property
+    def cost(self) -> np.ndarray:
+        """The increase to be expected on other text, at least 0."""
+        slope = np.where(self.slope < 0, CREDIT * self.slope, self.slope)
+        return np.asarray(np.maximum(0.0, slope + self.curvature))
+
 
 @dataclass(eq=False)
 class Attribution:
@@ -38,15 +62,15 @@ class Attribution:
         next to no effect and next to no cost from crowding out the few that matter; the default
         is 1 % of the loss that a perplexity increase of 2 % stands for.
 
-    The cost is estimated by the first call, on the unpruned model, and kept for later ones.
+    The loss is looked at by the first call, on the unpruned model, and what was seen is kept.
     """
 
     unit_price: float = 2e-4
-    _cost: np.ndarray | None = field(default=None, init=False)
+    _loss: LossChange | None = field(default=None, init=False)
 
     def work(self, fit: Evaluator) -> int:
         """Steps that the next call of :meth:`score` reports."""
-        text = 0 if self._cost is not None or fit.text is None else len(fit.text.windows)
+        text = 0 if self._loss is not None or fit.text is None else len(fit.text.windows)
         return 2 * len(fit.prompts) + text
 
     def score(
@@ -62,14 +86,15 @@ class Attribution:
         ----------
         means: for mean ablation: what a removed unit gives instead of zero.
         """
-        if self._cost is None:
+        if self._loss is None:
             assert fit.text is not None, "attribution needs neutral text"
-            self._cost = loss_increase(fit.model, fit.text, means, advance)
+            self._loss = loss_change(fit.model, fit.text, means, advance)
         table = fit.evaluate(mask, advance).table
         weights = fit.prompts.spread(disparity_weights(table))
         with masked(fit.model, mask):
             gradient = disparity_gradient(fit, weights, means, advance)
-        return Scores(-gradient.value, gradient.error, self._cost + self.unit_price)
+        cost, damage = self._loss.cost + self.unit_price, self._loss.curvature + self.unit_price
+        return Scores(-gradient.value, gradient.error, cost, damage)
 
 
 def disparity(table: Table) -> float:
@@ -170,37 +195,44 @@ def _standard_error(by_marker: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.sqrt(variance)
 
 
-def loss_gradients(
+def loss_change(
     model: LanguageModel,
     text: NeutralText,
     means: ActivationMeans | None = None,
     advance: Advance = lambda _: None,
-) -> np.ndarray:
-    """d(summed loss)/dm of every unit for every window of neutral text, (windows, units)."""
-    gradients: dict[int, np.ndarray] = {}
+) -> LossChange:
+    """Slope and curvature of the loss in every gate, from one backward pass per batch of windows.
+
+    A gate at every position gives a gradient at every position: their sum is the slope, half the sum
+    of their squares the curvature. Squares of sums over a window would count dependence between
+    positions, too, but there are few windows, and rare neurons would look free.
+    """
+    sums: list[Tensor] = []  # per gate tensor: (2, units of the layer), gradients and their squares
     for numbers in text.batches():
         windows = [text.windows[n] for n in numbers]
-        gates = Gates.ones(model, (len(windows), 1), means)
+        gates = Gates.ones(model, (len(windows), len(windows[0].tokens)), means)
+        leaves = gates.leaves()
+        sums = sums or [torch.zeros(2, leaf.shape[-1]) for leaf in leaves]
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(_squarer(part)) for leaf, part in zip(leaves, sums, strict=True)
+        ]
         with gated(model, gates):
             window_losses(model, windows).sum().backward()  # type: ignore[no-untyped-call]
+        for hook in hooks:
+            hook.remove()
         model.usage.backward += sum(len(window.tokens) for window in windows)
-        parts = [gate.grad[:, 0].cpu() for gate in gates.leaves() if gate.grad is not None]
-        gradients.update(zip(numbers, torch.cat(parts, dim=1).numpy(), strict=True))
         advance(len(numbers))
-    return np.stack([gradients[n] for n in range(len(text.windows))])
+    total = torch.cat(sums, dim=1).numpy().astype(float) / text.scored.sum()  # (2, units)
+    return LossChange(slope=-total[0], curvature=total[1] / 2)
 
 
-def loss_increase(
-    model: LanguageModel,
-    text: NeutralText,
-    means: ActivationMeans | None = None,
-    advance: Advance = lambda _: None,
-) -> np.ndarray:
-    """Predicted increase of the loss when each unit is switched off, nats per token, (units,).
+def _squarer(part: Tensor) -> Callable[[Tensor], None]:
+    """Adds a gate's gradients and their squares over positions, and frees them."""
 
-    max(0, -dL/dm) + 1/2 sum over windows of (dL_w/dm)^2 / tokens. A predicted gain is not credited:
-    it would be fitted to the text at hand.
-    """
-    gradients = loss_gradients(model, text, means, advance)
-    tokens = text.scored.sum()
-    return np.asarray(np.maximum(0.0, -gradients.sum(axis=0)) / tokens + 0.5 * (gradients**2).sum(axis=0) / tokens)
+    def collect(gate: Tensor) -> None:
+        if gate.grad is not None:
+            gradient = gate.grad.flatten(0, 1)
+            part.add_(torch.stack([gradient.sum(dim=0), gradient.square().sum(dim=0)]).cpu())
+            gate.grad = None
+
+    return collect

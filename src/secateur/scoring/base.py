@@ -25,11 +25,13 @@ class Scores:
     effect: (units,), change of the disparity D; negative where bias falls.
     error: (units,), standard error of the effect over markers; zero where a scorer has none.
     cost: (units,), positive; what removing the unit costs in utility.
+    damage: (units,), positive; expected KL to the unpruned model, nats per token.
     """
 
     effect: np.ndarray
     error: np.ndarray
     cost: np.ndarray
+    damage: np.ndarray
 
     @property
     def gain(self) -> np.ndarray:

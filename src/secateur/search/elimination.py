@@ -16,10 +16,7 @@ CandidateKind = Literal["heads", "neurons", "both"]
 MAX_STEP = 100
 # A first-order prediction promises too much, so a step aims at less than all of the disparity.
 STEP_SHARE = 0.8
-# Units that go well together do about a quarter of the damage that their costs add up to; more than
-# half of it means that some unit's estimate is far off. Damage below the tolerance, in nats per token,
-# is not worth looking into.
-DAMAGE_SHARE = 0.5
+# Damage in nats per token beyond what was predicted that is not worth looking into.
 TOLERANCE = 5e-4
 MAX_TRIALS = 24
 
@@ -86,21 +83,21 @@ def next_step(
 
 @dataclass(eq=False)
 class Trial:
-    """Removes the units of a step that do together no more damage than their costs allow.
+    """Removes the units of a step that do together no more damage than predicted for each.
 
-    A cost is a second-order estimate for one unit alone. A few units do many times that damage,
+    A prediction is a second-order estimate for one unit alone. A few units do many times that damage,
     or do it only together with others. A part of the step with too much damage is halved until such
     units stand alone, and these are refused; after :data:`MAX_TRIALS` measurements, whole parts are.
 
     Attributes
     ----------
-    cost: (units,), predicted loss increase of each unit in nats per token.
+    predicted: (units,), damage expected of each unit in nats per token.
     measure: the damage of a set of removed units, in nats per token.
     removed, refused: flat positions, in the order of the decisions.
     damage: of ``removed``, as measured.
     """
 
-    cost: np.ndarray
+    predicted: np.ndarray
     measure: Callable[[np.ndarray], float]
     removed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     refused: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
@@ -115,7 +112,7 @@ class Trial:
             trials += 1
             together = np.concatenate([self.removed, part])
             damage = self.measure(together)
-            if damage - self.damage > DAMAGE_SHARE * self.cost[part].sum() + TOLERANCE:
+            if damage - self.damage > self.predicted[part].sum() + TOLERANCE:
                 return False
             self.removed, self.damage = together, damage
             return True

@@ -378,7 +378,7 @@ class _Run:
         assert self.data.fit[0].text is not None
         space = UnitSpace.of(self.model)
         divergence = Divergence(self.model, self.data.fit[0].text)
-        trial = Trial(scores.cost, lambda units: divergence.of(self._mask(units)))
+        trial = Trial(scores.damage, lambda units: divergence.of(self._mask(units)))
         for number in range(self.settings.rounds):
             if number > 0:
                 scores = self._score(method, self._mask(trial.removed), number)
