@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from secateur.scoring import Scores
 from secateur.search.elimination import (
+    DAMAGE_SHARE,
     MAX_TRIALS,
     STEP_SHARE,
     TOLERANCE,
@@ -106,7 +107,7 @@ def test_single_culprit_is_found_with_about_one_measurement_per_halving() -> Non
 def test_trial_goes_on_from_the_damage_so_far() -> None:
     harm = np.array([0.0, 0.3, 0.3, 0.3])
     measure = Damage(harm)
-    trial = Trial(np.full(4, 0.31), measure)
+    trial = Trial(np.full(4, 0.61), measure)
     for unit in range(4):
         trial.remove(np.array([unit]))
     assert trial.removed.tolist() == [0, 1, 2, 3]
@@ -116,7 +117,7 @@ def test_trial_goes_on_from_the_damage_so_far() -> None:
 
 @pytest.mark.parametrize(("harm", "kept"), [(TOLERANCE * 0.9, 1), (TOLERANCE * 1.1, 0)])
 def test_small_excess_is_tolerated(harm: float, kept: int) -> None:
-    trial = Trial(np.full(1, 0.1), Damage(np.full(1, 0.1 + harm)))
+    trial = Trial(np.full(1, 0.1), Damage(np.full(1, DAMAGE_SHARE * 0.1 + harm)))
     trial.remove(np.array([0]))
     assert len(trial.removed) == kept
 

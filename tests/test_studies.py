@@ -24,7 +24,7 @@ from secateur.studies.repair import CandidateRecord, judge, why_nothing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PASSING, FAILING = 1, 3  # seeds of tiny models: a repair of the small suite finds something, or nothing
+PASSING, FAILING = 2, 3  # seeds of tiny models: a repair of the small suite finds something, or nothing
 INTERVAL = {"value", "low", "high"}
 ATTACK = "</script><script>alert(1)</script>"
 

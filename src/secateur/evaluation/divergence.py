@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from secateur.measures.utility import NeutralText, hidden_states, kl_divergence
+from secateur.measures.utility import NeutralText, hidden_states
 from secateur.models import LanguageModel
 from secateur.units import Mask, masked
 
 
 @dataclass(eq=False)
 class Divergence:
-    """KL(unpruned || masked) on the first batch of windows of a neutral text.
+    """KL(unpruned || masked) on the first windows of a neutral text.
 
-    Unlike the loss, KL needs few tokens to see a small damage: it compares whole distributions.
+    Unlike the loss, KL needs few tokens to see a small damage: it compares whole distributions. The
+    unpruned model's are kept, (tokens, vocabulary) in fp32.
     """
 
     model: LanguageModel
     text: NeutralText
-    _unpruned: list[Tensor] = field(init=False)
+    windows: int = 2
+    _unpruned: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.text = self.text.first_batch()
-        self._unpruned = hidden_states(self.model, self.text)
+        self.text = self.text.first(self.windows)
+        self._unpruned = self._log_probabilities()
 
     def of(self, mask: Mask) -> float:
         """Nats per token."""
         with masked(self.model, mask):
-            states = hidden_states(self.model, self.text)
-        return kl_divergence(self.model, self._unpruned, states)
+            after = self._log_probabilities()
+        return float(kl_div(after, self._unpruned, reduction="batchmean", log_target=True))
+
+    def _log_probabilities(self) -> Tensor:
+        with torch.no_grad():
+            return self.model.log_probabilities(torch.cat(hidden_states(self.model, self.text)))

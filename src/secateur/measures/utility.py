@@ -67,9 +67,9 @@ class NeutralText:
             by_length.setdefault(len(window.tokens), []).append(number)
         return [numbers[i : i + rows] for numbers in by_length.values() for i in range(0, len(numbers), rows)]
 
-    def first_batch(self) -> NeutralText:
-        """The windows of the first of :meth:`batches` alone."""
-        return NeutralText(tuple(self.windows[n] for n in self.batches()[0]), self.window, self.stride)
+    def first(self, windows: int) -> NeutralText:
+        """The first windows alone."""
+        return NeutralText(self.windows[:windows], self.window, self.stride)
 
 
 def read_passages(path: str | Path | None = None) -> list[str]:

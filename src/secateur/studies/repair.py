@@ -386,7 +386,9 @@ class _Run:
             step = next_step(scores, space, "both", np.concatenate([trial.removed, trial.refused]), disparity(table))
             before = len(trial.removed)
             with self.recorder.step("Try the next units on neutral text", len(step)) as advance:
-                trial.remove(step, advance)
+                trial.remove(step[step >= space.n_heads], advance)
+                for head in step[step < space.n_heads]:  # a head alone can do more damage than all neurons
+                    trial.remove(np.array([head]), advance)
             if len(trial.removed) == before:
                 return
             yield trial.removed
