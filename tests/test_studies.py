@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import REPAIR, Command, Document, Outcome, save_model, small_suite, write_suite, write_text
@@ -20,7 +21,9 @@ import secateur
 from secateur.evaluation import Evaluator
 from secateur.evaluation.evaluator import Measurement
 from secateur.measures.disparity import Comparison, Interval
-from secateur.studies.repair import CandidateRecord, judge, why_nothing
+from secateur.measures.prompts import Prompt, PromptSet
+from secateur.studies.repair import CandidateRecord, folds, judge, why_nothing
+from secateur.suites import load_suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -430,3 +433,14 @@ def test_why_nothing() -> None:
     assert "--max-perplexity-increase" in costly
     useless = why_nothing([candidate(0.01, True), candidate(0.05, False)], 0.02)
     assert "No candidate within the perplexity limit of 2% (1 of 2) lowers the bias" in useless
+
+
+@pytest.mark.parametrize(("scenarios", "markers", "expected"), [(13, 60, 6), (13, 28, 3), (2, 10, 1), (3, 400, 3)])
+def test_folds_share_out_the_scenarios(tmp_path: Path, scenarios: int, markers: int, expected: int) -> None:
+    groups = np.repeat([0, 1], markers)
+    prompts = tuple(Prompt(s, 0, m, (1,), ((2,), (3,))) for s in range(scenarios) for m in range(2 * markers))
+    parts = folds(PromptSet(load_suite(write_suite(tmp_path)), prompts, tuple(range(2 * markers)), groups))
+    assert len(parts) == expected
+    assert sorted(scenario for part in parts for scenario in part.scenarios) == list(range(scenarios))
+    assert all(len(part) == len(part.scenarios) * 2 * markers for part in parts)
+    assert max(len(part.scenarios) for part in parts) - min(len(part.scenarios) for part in parts) <= 1

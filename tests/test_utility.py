@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import DataError
 from secateur.evaluation import Evaluator
+from secateur.evaluation.divergence import Divergence
 from secateur.measures.disparity import Interval
 from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import whole
@@ -332,3 +333,18 @@ def test_a_short_text_still_gives_three_parts(separator: str, tmp_path: Path) ->
     passages = read_passages(tmp_path / "text.txt")
     assert len(passages) >= 6
     assert sum(len(passage.split()) for passage in passages) == 300
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_quick_divergence_is_that_of_the_first_windows(windows: int) -> None:
+    model = model_of()
+    text = cut(model, TEXT, 16, 12)
+    mask = Mask.removing(model, [Unit("head", 0, 0), Unit("neuron", 1, 3)])
+    part = text.first(windows)
+    assert len(part.windows) == windows
+    before = hidden_states(model, part)
+    with masked(model, mask):
+        after = hidden_states(model, part)
+    quick = Divergence(model, text, windows)
+    assert quick.of(mask) == pytest.approx(kl_divergence(model, before, after), rel=1e-4)
+    assert quick.of(Mask.none(model)) == pytest.approx(0, abs=1e-6)

@@ -65,12 +65,10 @@ class PromptSet:
     def scenarios(self) -> list[int]:
         return sorted({prompt.scenario for prompt in self.prompts})
 
-    def of(self, scenarios: Sequence[int], markers: Sequence[int] | None = None) -> PromptSet:
-        """The prompts of some scenarios and, where given, of some markers (flat positions) only."""
-        kept = [i for i, marker in enumerate(self.markers) if markers is None or marker in markers]
-        chosen = tuple(self.markers[i] for i in kept)
-        prompts = tuple(p for p in self.prompts if p.scenario in scenarios and p.marker in chosen)
-        return PromptSet(self.suite, prompts, chosen, self.groups[kept])
+    def of(self, scenarios: Sequence[int]) -> PromptSet:
+        """The prompts of some scenarios only."""
+        prompts = tuple(prompt for prompt in self.prompts if prompt.scenario in scenarios)
+        return PromptSet(self.suite, prompts, self.markers, self.groups)
 
     def table(self, y: np.ndarray) -> np.ndarray:
         """Arrange y by prompt, (prompts,), as (scenarios, markers), averaged over paraphrases."""

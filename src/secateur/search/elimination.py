@@ -21,7 +21,7 @@ STEP_SHARE = 0.8
 # worth looking into.
 DAMAGE_SHARE = 0.5
 TOLERANCE = 5e-4
-MAX_TRIALS = 16
+MAX_TRIALS = 24
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,6 @@ from secateur.units import ActivationMeans, Mask, UnitSpace, check_ablation
 Verdict = str
 VERIFIED, NOT_VERIFIED = "verified", "not verified"
 FOLD_PROMPTS = 256
-FOLD_MARKERS = 24
 CONTROL_PROMPTS = 128
 
 
@@ -262,8 +261,8 @@ def repair(
 class _Data:
     """The three parts, tokenised and packed, and the text that goes with each.
 
-    Fit is dealt into folds: scoring in rounds takes one after the other, which is faster and keeps
-    any round from fitting its own prompts too well.
+    Fit is dealt into folds of scenarios, each with all markers: scoring in rounds takes one fold
+    after the other, which is faster and keeps any round from fitting its own prompts too well.
     """
 
     splits: Splits
@@ -299,21 +298,9 @@ class _Data:
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
-    """Deal a set into folds of about ``size`` prompts, each with some of the scenarios and of the markers.
-
-    Markers are dealt, group by group, only as long as every fold keeps :data:`FOLD_MARKERS` of each group.
-    """
-    scenarios = prompts.scenarios
-    by_group = [np.array(prompts.markers)[prompts.groups == group] for group in np.unique(prompts.groups)]
-    number = max(1, round(len(prompts) / size))
-    marker_parts = max(1, min(min(map(len, by_group)) // FOLD_MARKERS, round(np.sqrt(number))))
-    scenario_parts = min(len(scenarios), max(1, round(number / marker_parts)))
-    markers = [np.concatenate([group[i::marker_parts] for group in by_group]).tolist() for i in range(marker_parts)]
-    return [
-        prompts.of(scenarios[i::scenario_parts], markers[(i + shift) % marker_parts])
-        for shift in range(marker_parts)
-        for i in range(scenario_parts)
-    ]
+    """Deal the scenarios of a set into folds of about ``size`` prompts each."""
+    number = min(len(prompts.scenarios), max(1, round(len(prompts) / size)))
+    return [prompts.of(prompts.scenarios[i::number]) for i in range(number)]
 
 
 @dataclass(eq=False)
