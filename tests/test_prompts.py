@@ -214,7 +214,7 @@ def test_table_is_the_mean_over_paraphrases(prompts: PromptSet, seed: int) -> No
 @given(prompt_sets(), st.data())
 def test_part_of_a_set_holds_the_asked_scenarios_in_order(prompts: PromptSet, data: st.DataObject) -> None:
     scenarios = data.draw(st.lists(st.sampled_from(prompts.scenarios), min_size=1, unique=True))
-    part = prompts.of(scenarios)
+    part = prompts.of_scenarios(scenarios)
     assert list(part.prompts) == [p for p in prompts.prompts if p.scenario in scenarios]
     assert part.markers == prompts.markers
-    assert prompts.of(prompts.scenarios).prompts == prompts.prompts
+    assert prompts.of_scenarios(prompts.scenarios).prompts == prompts.prompts

@@ -65,7 +65,7 @@ class PromptSet:
     def scenarios(self) -> list[int]:
         return sorted({prompt.scenario for prompt in self.prompts})
 
-    def of(self, scenarios: Sequence[int]) -> PromptSet:
+    def of_scenarios(self, scenarios: Sequence[int]) -> PromptSet:
         """The prompts of some scenarios only."""
         prompts = tuple(prompt for prompt in self.prompts if prompt.scenario in scenarios)
         return PromptSet(self.suite, prompts, self.markers, self.groups)

@@ -11,8 +11,10 @@ et al. (2019), the Fisher term to Theis et al. (2018); here the sign is kept, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -159,15 +161,9 @@ def disparity_gradient(
         gates = Gates.ones(model, tuple(batch.layout.input_ids.shape), means)
         leaves = gates.leaves()
         parts = parts or [torch.zeros(shared + 1, leaf.shape[-1]) for leaf in leaves]
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(_collector(part, marker))
-            for leaf, part in zip(leaves, parts, strict=True)
-        ]
-        with gated(model, gates):
+        with _collecting(leaves, [partial(_add_by_marker, part, marker) for part in parts]), gated(model, gates):
             y = batch_y(model, fit.prompts.suite, batch)
             (y * torch.from_numpy(weights[start:stop]).to(y)).sum().backward()  # type: ignore[no-untyped-call]
-        for hook in hooks:
-            hook.remove()
         model.usage.backward += batch.tokens
         advance(stop - start)
         start = stop
@@ -175,15 +171,24 @@ def disparity_gradient(
     return DisparityGradient(by_marker.sum(axis=0), _standard_error(by_marker[:-1], fit.prompts.groups))
 
 
-def _collector(part: Tensor, marker: Tensor) -> Callable[[Tensor], None]:
-    """Adds a gate's gradient to its markers' rows and frees it: one layer is held at a time."""
+@contextmanager
+def _collecting(leaves: list[Tensor], collectors: Sequence[Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand each gate's gradient, (positions, units), to its collector and free it: one layer is held at a time."""
 
-    def collect(gate: Tensor) -> None:
+    def hook(collect: Callable[[Tensor], None], gate: Tensor) -> None:
         if gate.grad is not None:
-            part.index_add_(0, marker, gate.grad.flatten(0, 1).cpu())
+            collect(gate.grad.flatten(0, 1))
             gate.grad = None
 
-    return collect
+    with ExitStack() as hooks:
+        for leaf, collect in zip(leaves, collectors, strict=True):
+            hooks.callback(leaf.register_post_accumulate_grad_hook(partial(hook, collect)).remove)
+        yield
+
+
+def _add_by_marker(part: Tensor, marker: Tensor, gradient: Tensor) -> None:
+    """Add gradients, (positions, units), to the rows of their markers, (markers + 1, units)."""
+    part.index_add_(0, marker, gradient.cpu())
 
 
 def _standard_error(by_marker: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -213,26 +218,14 @@ def loss_change(
         gates = Gates.ones(model, (len(windows), len(windows[0].tokens)), means)
         leaves = gates.leaves()
         sums = sums or [torch.zeros(2, leaf.shape[-1]) for leaf in leaves]
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(_squarer(part)) for leaf, part in zip(leaves, sums, strict=True)
-        ]
-        with gated(model, gates):
+        with _collecting(leaves, [partial(_add_squares, part) for part in sums]), gated(model, gates):
             window_losses(model, windows).sum().backward()  # type: ignore[no-untyped-call]
-        for hook in hooks:
-            hook.remove()
         model.usage.backward += sum(len(window.tokens) for window in windows)
         advance(len(numbers))
     total = torch.cat(sums, dim=1).numpy().astype(float) / text.scored.sum()  # (2, units)
     return LossChange(slope=-total[0], curvature=total[1] / 2)
 
 
-def _squarer(part: Tensor) -> Callable[[Tensor], None]:
-    """Adds a gate's gradients and their squares over positions, and frees them."""
-
-    def collect(gate: Tensor) -> None:
-        if gate.grad is not None:
-            gradient = gate.grad.flatten(0, 1)
-            part.add_(torch.stack([gradient.sum(dim=0), gradient.square().sum(dim=0)]).cpu())
-            gate.grad = None
-
-    return collect
+def _add_squares(part: Tensor, gradient: Tensor) -> None:
+    """Add gradients, (positions, units), and their squares, summed over positions, to a part (2, units)."""
+    part.add_(torch.stack([gradient.sum(dim=0), gradient.square().sum(dim=0)]).cpu())

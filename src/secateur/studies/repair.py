@@ -300,7 +300,7 @@ class _Data:
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
     """Deal the scenarios of a set into folds of about ``size`` prompts each."""
     number = min(len(prompts.scenarios), max(1, round(len(prompts) / size)))
-    return [prompts.of(prompts.scenarios[i::number]) for i in range(number)]
+    return [prompts.of_scenarios(prompts.scenarios[i::number]) for i in range(number)]
 
 
 @dataclass(eq=False)
