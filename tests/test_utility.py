@@ -335,16 +335,17 @@ def test_a_short_text_still_gives_three_parts(separator: str, tmp_path: Path) ->
     assert sum(len(passage.split()) for passage in passages) == 300
 
 
-@pytest.mark.parametrize("windows", [1, 2])
-def test_quick_divergence_is_that_of_the_first_windows(windows: int) -> None:
+@pytest.mark.parametrize(("windows", "length"), [(1, 16), (2, 16), (2, 9), (3, 5)])
+def test_quick_divergence_is_that_of_the_first_windows(windows: int, length: int) -> None:
     model = model_of()
     text = cut(model, TEXT, 16, 12)
     mask = Mask.removing(model, [Unit("head", 0, 0), Unit("neuron", 1, 3)])
-    part = text.first(windows)
+    part = text.first(windows, length)
     assert len(part.windows) == windows
+    assert [len(window.tokens) for window in part.windows] == [length] * windows
     before = hidden_states(model, part)
     with masked(model, mask):
         after = hidden_states(model, part)
-    quick = Divergence(model, text, windows)
+    quick = Divergence(model, text, windows, length)
     assert quick.of(mask) == pytest.approx(kl_divergence(model, before, after), rel=1e-4)
     assert quick.of(Mask.none(model)) == pytest.approx(0, abs=1e-6)

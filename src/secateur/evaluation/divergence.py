@@ -15,7 +15,7 @@ from secateur.units import Mask, masked
 
 @dataclass(eq=False)
 class Divergence:
-    """KL(unpruned || masked) on the first windows of a neutral text.
+    """KL(unpruned || masked) on the beginnings of the first windows of a neutral text.
 
     Unlike the loss, KL needs few tokens to see a small damage: it compares whole distributions. The
     unpruned model's are kept, (tokens, vocabulary) in fp32.
@@ -23,11 +23,12 @@ class Divergence:
 
     model: LanguageModel
     text: NeutralText
-    windows: int = 2
+    windows: int = 3
+    length: int = 96
     _unpruned: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.text = self.text.first(self.windows)
+        self.text = self.text.first(self.windows, self.length)
         self._unpruned = self._log_probabilities()
 
     def of(self, mask: Mask) -> float:

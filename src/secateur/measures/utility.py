@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from secateur.errors import DataError
 from secateur.measures.disparity import LEVEL, REPLICATES, Interval
@@ -67,9 +68,11 @@ class NeutralText:
             by_length.setdefault(len(window.tokens), []).append(number)
         return [numbers[i : i + rows] for numbers in by_length.values() for i in range(0, len(numbers), rows)]
 
-    def first(self, windows: int) -> NeutralText:
-        """The first windows alone."""
-        return NeutralText(self.windows[:windows], self.window, self.stride)
+    def first(self, windows: int, length: int | None = None) -> NeutralText:
+        """The first windows alone, cut to ``length`` tokens; a window that then scores none is left out."""
+        cut = [Window(window.tokens[:length], window.start) for window in self.windows]
+        kept = [window for window in cut if window.scored > 0][:windows]
+        return NeutralText(tuple(kept), min(self.window, length or self.window), self.stride)
 
 
 def read_passages(path: str | Path | None = None) -> list[str]:
@@ -171,9 +174,10 @@ def window_losses(model: LanguageModel, windows: list[Window]) -> Tensor:
 
 
 def _loss(model: LanguageModel, window: Window, hidden: Tensor) -> Tensor:
-    log_probabilities = model.log_probabilities(hidden)  # (scored, vocabulary)
-    targets = window.tokens[window.start :].to(log_probabilities.device)
-    return -log_probabilities.gather(1, targets[:, None]).sum()
+    logits = model.logits(hidden)  # (scored, vocabulary)
+    loss = cross_entropy(logits, window.tokens[window.start :].to(logits.device), reduction="sum")
+    model.check_finite(loss)
+    return loss
 
 
 def perplexity(nll: np.ndarray, text: NeutralText) -> float:

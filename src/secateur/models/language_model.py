@@ -158,12 +158,21 @@ class LanguageModel:
         NumericalError: the model's output is not finite.
         """
         log_probabilities = self.logits(hidden).log_softmax(dim=-1)
-        if bool(torch.isnan(log_probabilities.detach().sum(dim=-1)).any()):
+        self.check_finite(log_probabilities.detach().sum(dim=-1))
+        return log_probabilities
+
+    def check_finite(self, values: Tensor) -> None:
+        """Refuse what a damaged checkpoint or too small a precision gives.
+
+        Raises
+        ------
+        NumericalError: a value is not a number. A logit of minus infinity, a token that cannot come, passes.
+        """
+        if bool(torch.isnan(values.detach()).any()):
             raise NumericalError(
                 f"The model '{self.source}' returned values that are not finite (NaN or infinity); "
                 "check the checkpoint, or load it with --dtype float32."
             )
-        return log_probabilities
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model, tokenizer and generation config as a plain Hugging Face directory."""

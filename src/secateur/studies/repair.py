@@ -37,7 +37,7 @@ from secateur.units import ActivationMeans, Mask, UnitSpace, check_ablation
 Verdict = str
 VERIFIED, NOT_VERIFIED = "verified", "not verified"
 FOLD_PROMPTS = 256
-CONTROL_PROMPTS = 128
+CONTROL_PROMPTS = 96
 
 
 @dataclass(frozen=True)
