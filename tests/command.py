@@ -18,7 +18,7 @@ from secateur.cli import main
 Document = dict[str, Any]
 COLOURS = ("red", "blue", "green", "grey", "brown", "white", "black", "amber")
 NOUNS = ("boat", "lamp", "kettle", "ladder", "basket", "garden", "window", "bridge", "harbour", "clock", "drum")
-REPAIR = ("--max-heads", "1", "--max-neurons", "4", "--random-draws", "2", "--control-suite", "none")
+REPAIR = ("--set", "max_heads=1", "--set", "max_neurons=4", "--random-draws", "2", "--control-suite", "none")
 
 
 @dataclass(frozen=True)

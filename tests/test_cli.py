@@ -155,7 +155,7 @@ def test_model_that_returns_nan(tmp_path: Path, output: Path, call: Command, com
         (("--batch-size", "0"), "batch_size must be at least 1"),
         (("--max-markers", "1"), "max_markers must be at least 2"),
         (("--utility-tokens", "5"), "utility_tokens must be at least 512"),
-        (("--max-heads", "0", "--max-neurons", "0", "--rounds", "0"), "no candidate"),
+        (("--set", "max_heads=0", "--set", "max_neurons=0", "--set", "rounds=0"), "no candidate"),
         (("--device-map", "sideways"), "cannot be loaded"),
         (("--device-map", "auto", "--device", "cpu"), "not both"),
         (("--control-suite", "control-color"), "Did you mean: control-colour"),
@@ -298,7 +298,7 @@ def arguments(command: str, tmp_path: Path, model: Path, output: Path) -> list[s
         return ["apply", tmp_path / "plan", "-m", model, "-o", output, "--device", "cpu"]
     given: list[str | Path] = [command, "-m", model, "-s", write_suite(tmp_path), "-o", output, "--device", "cpu"]
     if command == "repair":
-        settings = ("--rounds", "2", "--max-perplexity-increase", "5")
+        settings = ("--set", "rounds=2", "--max-perplexity-increase", "5")
         given += ["--utility-text", write_text(tmp_path), *REPAIR, *settings]
     return given
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.scoring import Scores
+from secateur.scoring.attribution import Effects
 from secateur.search.elimination import (
     DAMAGE_SHARE,
     MAX_TRIALS,
@@ -26,9 +26,9 @@ UNITS = len(SPACE)
 SEEDS = st.integers(0, 10_000)
 
 
-def random_scores(seed: int) -> Scores:
+def random_scores(seed: int) -> Effects:
     rng = np.random.default_rng(seed)
-    return Scores(rng.normal(size=UNITS), rng.uniform(0, 0.5, UNITS), rng.uniform(0.1, 1, UNITS), np.ones(UNITS))
+    return Effects(rng.normal(size=UNITS), rng.uniform(0, 0.5, UNITS), rng.uniform(0.1, 1, UNITS), np.ones(UNITS))
 
 
 @given(SEEDS, st.sampled_from(["heads", "neurons", "both"]))
@@ -42,7 +42,7 @@ def test_ranking_holds_units_with_a_gain_in_order_of_gain_per_cost(seed: int, ki
 
 
 def test_equal_ranks_go_to_the_lower_position() -> None:
-    scores = Scores(np.full(UNITS, -1.0), np.zeros(UNITS), np.ones(UNITS), np.ones(UNITS))
+    scores = Effects(np.full(UNITS, -1.0), np.zeros(UNITS), np.ones(UNITS), np.ones(UNITS))
     assert ranking(scores, SPACE, "both").tolist() == list(range(UNITS))
 
 
@@ -64,7 +64,7 @@ def test_counts_fall_by_quarters(largest: int, counts: list[int]) -> None:
 
 
 def test_counts_beyond_the_ranking_are_left_out() -> None:
-    scores = Scores(np.array([-1.0] * 3 + [1.0] * (UNITS - 3)), np.zeros(UNITS), np.ones(UNITS), np.ones(UNITS))
+    scores = Effects(np.array([-1.0] * 3 + [1.0] * (UNITS - 3)), np.zeros(UNITS), np.ones(UNITS), np.ones(UNITS))
     assert [s.removed.tolist() for s in top_units(scores, SPACE, "both", [4, 3, 1])] == [[0, 1, 2], [0]]
 
 

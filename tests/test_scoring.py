@@ -8,11 +8,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from secateur.errors import SettingError
 from secateur.evaluation import Evaluator
 from secateur.measures.answers import batch_y, measure_y, pack
 from secateur.measures.disparity import Table, statistics
@@ -20,16 +19,17 @@ from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import whole
 from secateur.measures.utility import NeutralText, Window, activation_means, cut
 from secateur.models import LanguageModel
-from secateur.scoring import SCORERS, Attribution, Scores, scorer
+from secateur.scoring import Attribution
 from secateur.scoring.attribution import (
+    CONFIDENCE,
     DisparityGradient,
+    Effects,
     LossChange,
     disparity,
     disparity_gradient,
     disparity_weights,
     loss_change,
 )
-from secateur.scoring.base import CONFIDENCE
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
@@ -267,7 +267,7 @@ def test_half_of_a_predicted_fall_of_the_loss_is_counted_on() -> None:
 
 
 def test_scores_weigh_gain_against_cost() -> None:
-    scores = Scores(
+    scores = Effects(
         effect=np.array([-3.0, -3.0, 1.0]),
         error=np.array([0.0, 1.0, 0.0]),
         cost=np.array([2.0, 1.0, 4.0]),
@@ -306,14 +306,3 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
     np.testing.assert_array_equal(table_of(fit).y, before)
     assert all(parameter.grad is None for parameter in fit.model.model.parameters())
     assert not any(module._forward_pre_hooks for module in fit.model.model.modules())
-
-
-@settings(max_examples=5)
-@given(st.sampled_from(sorted(SCORERS)))
-def test_scorers_are_found_by_name(name: str) -> None:
-    assert type(scorer(name)) is SCORERS[name]
-
-
-def test_unknown_scorer_lists_those_that_exist() -> None:
-    with pytest.raises(SettingError, match=r"^Unknown method 'magic'[^\n]*attribution"):
-        scorer("magic")

@@ -22,7 +22,9 @@ from secateur.evaluation import Evaluator
 from secateur.evaluation.evaluator import Measurement
 from secateur.measures.disparity import Comparison, Interval
 from secateur.measures.prompts import Prompt, PromptSet
-from secateur.studies.repair import CandidateRecord, folds, judge, why_nothing
+from secateur.studies.candidates import CandidateRecord, why_nothing
+from secateur.studies.parts import folds
+from secateur.studies.verdict import judge
 from secateur.suites import load_suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +54,7 @@ def repair(
 ) -> Outcome:
     model = save_model(directory / "model", seed)
     inputs = ("-m", model, "-s", write_suite(directory), "--utility-text", write_text(directory))
-    settings = ("--device", "cpu", "--rounds", "2", "--max-perplexity-increase", limit)
+    settings = ("--device", "cpu", "--set", "rounds=2", "--max-perplexity-increase", limit)
     return call("repair", *inputs, "-o", output, *REPAIR, *settings, *options)
 
 
@@ -162,7 +164,11 @@ def test_report_of_an_audit_escapes_what_a_suite_and_a_path_say(tmp_path: Path, 
 def test_report_of_a_repair_escapes_what_a_suite_says(tmp_path: Path) -> None:
     model = secateur.load(save_model(tmp_path / "model"), device="cpu")
     suite = write_suite(tmp_path, hostile_suite())
-    settings = {"max_perplexity_increase": 5, "max_heads": 1, "max_neurons": 4, "rounds": 1, "random_draws": 1}
+    settings = {
+        "max_perplexity_increase": 5,
+        "options": {"max_heads": 1, "max_neurons": 4, "rounds": 1},
+        "random_draws": 1,
+    }
     text = write_text(tmp_path)
     secateur.repair(model, suite, output=tmp_path / "run", utility_text=text, control_suite=None, **settings)
     assert_harmless(tmp_path / "run" / "report.html")
@@ -201,7 +207,7 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     assert [candidate["chosen"] for candidate in result["candidates"]].count(True) == 1
 
     run = read(output / "run.json")
-    assert run["settings"]["rounds"] == 2
+    assert run["settings"]["options"]["rounds"] == 2
     assert run["model"]["type"] == "llama"
     assert (run["tokens_forward"], run["tokens_backward"]) == (result["tokens_forward"], result["tokens_backward"])
     parts = [set(run["splits"][name]["markers"]) for name in ("fit", "select", "test")]
@@ -268,7 +274,11 @@ def test_same_seed_gives_the_same_mask(tmp_path: Path, call: Command) -> None:
 def test_repair_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
     before = all_logits(model)
-    settings = {"max_perplexity_increase": 5, "max_heads": 1, "max_neurons": 4, "rounds": 2, "random_draws": 1}
+    settings = {
+        "max_perplexity_increase": 5,
+        "options": {"max_heads": 1, "max_neurons": 4, "rounds": 2},
+        "random_draws": 1,
+    }
     suite, text = write_suite(tmp_path), write_text(tmp_path)
     result = secateur.repair(model, suite, utility_text=text, control_suite=None, **settings)
     assert result.plan is not None

@@ -39,6 +39,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Seed = Annotated[int, typer.Option(min=0, help="Of splits, random masks and intervals.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts in one forward pass.")]
 Chat = Annotated[str, typer.Option(help="auto, chat (insist on the template) or plain.")]
+MethodName = Annotated[str, typer.Option("--method", help="How units are scored and chosen; see secateur methods.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -105,7 +109,8 @@ def repair(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for the plan, report and checkpoint.")
     ] = Path("runs/repair"),
-    method: Annotated[str, typer.Option(help="How units are scored.")] = "attribution",
+    method: MethodName = "attribution",
+    settings: Set = None,
     max_perplexity_increase: Annotated[float, typer.Option(help="The utility limit; 0.02 stands for 2 %.")] = 0.02,
     ablation: Annotated[str, typer.Option(help="What a removed unit gives: zero, or its mean.")] = "zero",
     utility_text: Annotated[Path | None, typer.Option(help="Neutral text instead of the built-in corpus.")] = None,
@@ -117,9 +122,6 @@ def repair(
     control_suite: Annotated[
         str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")
     ] = "control-colour",
-    max_heads: Annotated[int, typer.Option(help="Most heads in a heads-only candidate.")] = 4,
-    max_neurons: Annotated[int, typer.Option(help="Most neurons in a neurons-only candidate.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds of removing heads and neurons and scoring again.")] = 6,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -133,8 +135,9 @@ def repair(
     import secateur
     from secateur.reports.terminal import TerminalProgress, repair_lines, repair_table
 
-    settings: dict[str, Any] = {
+    told: dict[str, Any] = {
         "method": method,
+        "options": _options_of(settings),
         "max_perplexity_increase": max_perplexity_increase,
         "ablation": ablation,
         "utility_text": utility_text,
@@ -142,19 +145,16 @@ def repair(
         "max_markers": max_markers or None,
         "random_draws": random_draws,
         "control_suite": None if control_suite == "none" else control_suite,
-        "max_heads": max_heads,
-        "max_neurons": max_neurons,
-        "rounds": rounds,
         "seed": seed,
         "batch_size": batch_size,
         "chat": _chat(chat),
     }
     asked = _suite(suite)
-    secateur.RepairSettings(**settings).check()
+    secateur.RepairSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code)
     result = secateur.repair(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **settings
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
     console.print(repair_table(result))
     for line in repair_lines(result):
@@ -232,6 +232,12 @@ def _load(model: str | None, dtype: str, device: str | None, device_map: str | N
 
     with console.status("Loading the model (the default one is converted on first use, about 30 s) ..."):
         return secateur.load(model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust)
+
+
+def _options_of(pairs: list[str] | None) -> dict[str, str]:
+    from secateur.search.methods import parse_options
+
+    return parse_options(pairs or [])
 
 
 def _chat(mode: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from secateur.studies.audit import ScenarioDisparity
-from secateur.studies.repair import CandidateRecord
+from secateur.studies.candidates import CandidateRecord
 from secateur.units import UnitSpace
 
 BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
@@ -108,7 +108,8 @@ def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank
         grid = np.full((space.n_layers, max(space.heads)), np.nan)
         for layer in layers:
             grid[layer, : space.heads[layer]] = rank[space.head_slice(layer)]
-        bound = float(np.nanpercentile(np.abs(grid), 98)) or 1.0
+        scored = np.abs(grid[~np.isnan(grid)])
+        bound = (float(np.percentile(scored, 98)) if len(scored) else 0.0) or 1.0
         figure.add_heatmap(
             z=np.round(grid, 4).tolist(),
             zmin=-bound,

@@ -38,8 +38,9 @@ def render_repair(result: RepairResult) -> str:
     pictures: dict[str, Markup] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
     if result.mask is not None:
         removed = [(unit.kind, unit.layer, unit.index) for unit in result.mask.units]
+        rank = None if result.scores is None else result.scores.rank
         pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))
-        pictures["units_figure"] = _picture(units_figure(result.mask.space, removed, result.scores.rank))
+        pictures["units_figure"] = _picture(units_figure(result.mask.space, removed, rank))
     return _render("repair.html.j2", result.run, result=result, example=_example(result.suite), **pictures)
 
 

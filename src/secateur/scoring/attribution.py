@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from secateur.evaluation.evaluator import Evaluator
@@ -26,12 +28,48 @@ from secateur.measures.disparity import Table
 from secateur.measures.utility import NeutralText, window_losses
 from secateur.models import LanguageModel
 from secateur.progress import Advance
-from secateur.scoring.base import Scores
+from secateur.scoring.base import Settings
+from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, gated, masked
 
 # Part of a predicted fall of the loss that is counted on: about half of what one text promises is
 # there on another.
 CREDIT = 0.5
+# Standard errors that a unit's effect must keep to spare: tens of thousands of units compete, and
+# the largest effects of the fit markers are in part luck.
+CONFIDENCE = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What switching each unit off is expected to do.
+
+    Attributes
+    ----------
+    effect: (units,), change of the disparity D; negative where bias falls.
+    error: (units,), standard error of the effect over markers.
+    cost: (units,), positive; increase of the loss to be expected, nats per token.
+    damage: (units,), positive; expected KL to the unpruned model, nats per token.
+    """
+
+    effect: np.ndarray
+    error: np.ndarray
+    cost: np.ndarray
+    damage: np.ndarray
+
+    @property
+    def gain(self) -> np.ndarray:
+        """Fall of the disparity that can be counted on for other markers, (units,)."""
+        return np.asarray(-self.effect - CONFIDENCE * self.error)
+
+    @property
+    def rank(self) -> np.ndarray:
+        """Gain per cost, (units,): the higher, the sooner a unit is removed."""
+        return np.asarray(self.gain / self.cost)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        return {"effect": self.effect, "error": self.error, "cost": self.cost, "damage": self.damage}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +92,7 @@ class LossChange:
         return np.asarray(np.maximum(0.0, slope + self.curvature))
 
 
-@dataclass(eq=False)
-class Attribution:
+class Attribution(Settings):
     """First-order bias effect over second-order loss cost.
 
     Attributes
@@ -67,8 +104,11 @@ class Attribution:
     The loss is looked at by the first call, on the unpruned model, and what was seen is kept.
     """
 
-    unit_price: float = 2e-4
-    _loss: LossChange | None = field(default=None, init=False)
+    unit_price: Annotated[float, Field(gt=0)] = 2e-4
+    _loss: LossChange | None = PrivateAttr(default=None)
+
+    def check(self, model: LanguageModel, suite: Suite) -> None:
+        """Every supported model and every suite will do."""
 
     def work(self, fit: Evaluator) -> int:
         """Steps that the next call of :meth:`score` reports."""
@@ -81,7 +121,7 @@ class Attribution:
         mask: Mask | None = None,
         means: ActivationMeans | None = None,
         advance: Advance = lambda _: None,
-    ) -> Scores:
+    ) -> Effects:
         """Score all units of the model as it is under ``mask``, from prompts and text of ``fit``.
 
         Parameters
@@ -96,7 +136,7 @@ class Attribution:
         with masked(fit.model, mask):
             gradient = disparity_gradient(fit, weights, means, advance)
         cost, damage = self._loss.cost + self.unit_price, self._loss.curvature + self.unit_price
-        return Scores(-gradient.value, gradient.error, cost, damage)
+        return Effects(-gradient.value, gradient.error, cost, damage)
 
 
 def disparity(table: Table) -> float:

@@ -6,46 +6,65 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from secateur.evaluation.evaluator import Evaluator
+from secateur.models import LanguageModel
 from secateur.progress import Advance
+from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask
 
-# Standard errors that a unit's effect must keep to spare: tens of thousands of units compete, and
-# the largest effects of the fit markers are in part luck.
-CONFIDENCE = 1.0
+
+class Settings(BaseModel):
+    """What a user may set of a method; unknown names and values out of range are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What switching each unit off is expected to do.
-
-    Attributes
-    ----------
-    effect: (units,), change of the disparity D; negative where bias falls.
-    error: (units,), standard error of the effect over markers; zero where a scorer has none.
-    cost: (units,), positive; what removing the unit costs in utility.
-    damage: (units,), positive; expected KL to the unpruned model, nats per token.
-    """
-
-    effect: np.ndarray
-    error: np.ndarray
-    cost: np.ndarray
-    damage: np.ndarray
-
-    @property
-    def gain(self) -> np.ndarray:
-        """Fall of the disparity that can be counted on for other markers, (units,)."""
-        return np.asarray(-self.effect - CONFIDENCE * self.error)
+class Scores(Protocol):
+    """What a scorer says about every unit."""
 
     @property
     def rank(self) -> np.ndarray:
-        """Gain per cost, (units,): the higher, the sooner a unit is removed."""
-        return np.asarray(self.gain / self.cost)
+        """(units,): the higher, the sooner a unit is removed; NaN where the scorer says nothing."""
+        ...
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """Everything that was found, by name, each (units,), NaN where the scorer says nothing."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores that are one order of removal.
+
+    Attributes
+    ----------
+    rank: (units,), the higher, the sooner a unit is removed; NaN for units that are not scored.
+    values: what the order was made from, by name, each (units,).
+    """
+
+    rank: np.ndarray
+    values: dict[str, np.ndarray]
+
+    def order(self) -> np.ndarray:
+        """Flat positions of the scored units in the order of removal; ties go to the lower position."""
+        order = np.argsort(-self.rank, kind="stable")  # NaN comes last
+        return np.asarray(order[~np.isnan(self.rank[order])])
 
 
 class Scorer(Protocol):
     """Scores every unit of a model from the fit part of the data."""
+
+    def check(self, model: LanguageModel, suite: Suite) -> None:
+        """Refuse, before anything is computed, a model or suite that the method cannot work on.
+
+        Raises
+        ------
+        SettingError: says what to use instead.
+        """
+        ...
 
     def score(self, fit: Evaluator, mask: Mask | None, means: ActivationMeans | None, advance: Advance) -> Scores:
         """Score all units of the model as it is under ``mask``."""

@@ -1,1 +1,1 @@
-"""One file per way to choose."""
+"""One file per way to choose, and the registry of methods."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
+from secateur.errors import SettingError
+from secateur.evaluation.divergence import Divergence
 from secateur.progress import Advance
-from secateur.scoring import Scores
+from secateur.scoring.attribution import Attribution, Effects, disparity
+from secateur.scoring.base import Settings
+from secateur.search.base import CandidateKind, Problem, Proposals, Selection
 from secateur.units import UnitSpace
 
-CandidateKind = Literal["heads", "neurons", "both"]
 MAX_STEP = 100
 # A first-order prediction promises too much, so a step aims at less than all of the disparity.
 STEP_SHARE = 0.8
@@ -24,15 +28,75 @@ TOLERANCE = 5e-4
 MAX_TRIALS = 24
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Units to remove, as flat positions, of one kind or of both."""
+class Elimination(Settings):
+    """Heads alone, neurons alone, then both together in rounds, scored anew after each.
 
-    kind: CandidateKind
-    removed: np.ndarray
+    Attributes
+    ----------
+    max_heads, max_neurons: the largest counts when heads or neurons are removed alone.
+    rounds: of removing heads and neurons together.
+    """
+
+    max_heads: Annotated[int, Field(ge=0)] = 4
+    max_neurons: Annotated[int, Field(ge=0)] = 64
+    rounds: Annotated[int, Field(ge=0)] = 6
+
+    def model_post_init(self, context: object) -> None:
+        if self.max_heads + self.max_neurons + self.rounds == 0:
+            raise SettingError("max_heads, max_neurons and rounds are all 0, so there would be no candidate.")
+
+    def proposals(self, problem: Problem, scorer: Attribution) -> Proposals:
+        """Heads alone and neurons alone from the largest count down, then the rounds."""
+        scores = problem.score(scorer)
+        limits: tuple[tuple[CandidateKind, int], ...] = (("heads", self.max_heads), ("neurons", self.max_neurons))
+        for kind, largest in limits:
+            for selection in top_units(scores, problem.space, kind, geometric_counts(largest)):
+                outcome = yield selection
+                if outcome.within_limit:
+                    break  # fewer units of the same kind would do less
+        yield from self._rounds(problem, scorer, scores)
+
+    def _rounds(self, problem: Problem, scorer: Attribution, scores: Effects) -> Proposals:
+        """Propose what is removed after 1, 3, 7, ... rounds and at the end.
+
+        Where it breaks the utility limit, the rounds before are proposed, the last first, until one keeps to it.
+        """
+        unseen: list[Selection] = []
+        for number, removed in enumerate(self._path(problem, scorer, scores), start=1):
+            unseen.append(Selection("both", removed, {"rounds": number}))
+            if number & (number + 1) == 0:
+                outcome = yield unseen[-1]
+                if not outcome.within_limit:
+                    unseen.pop()
+                    break
+                unseen.clear()
+        for selection in reversed(unseen):
+            outcome = yield selection
+            if outcome.within_limit:
+                break
+
+    def _path(self, problem: Problem, scorer: Attribution, scores: Effects) -> Iterator[np.ndarray]:
+        """Growing sets of removed units, one per round."""
+        text = problem.fit[0].text
+        assert text is not None, "elimination needs neutral text"
+        divergence = Divergence(problem.model, text)
+        trial = Trial(scores.damage, lambda units: divergence.of(problem.mask(units)))
+        for number in range(self.rounds):
+            mask = problem.mask(trial.removed)
+            if number > 0:
+                scores = problem.score(scorer, mask, number)
+            table = problem.fit[number % len(problem.fit)].evaluate(mask).table
+            excluded = np.concatenate([trial.removed, trial.refused])
+            step = next_step(scores, problem.space, "both", excluded, disparity(table))
+            before = len(trial.removed)
+            with problem.step("Try the next units on neutral text", len(step)) as advance:
+                trial.remove(step, advance)
+            if len(trial.removed) == before:
+                return
+            yield trial.removed
 
 
-def ranking(scores: Scores, space: UnitSpace, kind: CandidateKind, excluded: np.ndarray | None = None) -> np.ndarray:
+def ranking(scores: Effects, space: UnitSpace, kind: CandidateKind, excluded: np.ndarray | None = None) -> np.ndarray:
     """Flat positions in the order of removal: the largest fall of the disparity per cost first.
 
     Units with no gain to count on, and the excluded ones, are left out. Ties go to the lower
@@ -55,7 +119,7 @@ def geometric_counts(largest: int, steps: int = 3, factor: int = 4) -> list[int]
     return [count for count in counts if count >= 1]
 
 
-def top_units(scores: Scores, space: UnitSpace, kind: CandidateKind, counts: list[int]) -> Iterator[Selection]:
+def top_units(scores: Effects, space: UnitSpace, kind: CandidateKind, counts: list[int]) -> Iterator[Selection]:
     """The first units of one ranking, for each of several counts."""
     order = ranking(scores, space, kind)
     for count in counts:
@@ -64,7 +128,7 @@ def top_units(scores: Scores, space: UnitSpace, kind: CandidateKind, counts: lis
 
 
 def next_step(
-    scores: Scores,
+    scores: Effects,
     space: UnitSpace,
     kind: CandidateKind,
     excluded: np.ndarray,

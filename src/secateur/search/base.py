@@ -1,0 +1,89 @@
+"""What every search has: the problem it is given, what it proposes, and what it is told of a proposal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.models import LanguageModel
+from secateur.progress import Advance
+from secateur.scoring.base import Scorer, Scores
+from secateur.units import ActivationMeans, Mask, Unit, UnitSpace
+
+CandidateKind = Literal["heads", "neurons", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Units to remove, as flat positions, and the knobs that led to them."""
+
+    kind: CandidateKind
+    removed: np.ndarray
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search is told of a proposal: its figures on the select part.
+
+    Attributes
+    ----------
+    bias_square: corrected B^2, negative below the noise.
+    perplexity_increase: relative.
+    within_limit: whether the utility limit is kept.
+    """
+
+    bias_square: float
+    perplexity_increase: float
+    within_limit: bool
+
+
+Proposals = Generator[Selection, Outcome, None]
+
+
+@dataclass(eq=False)
+class Problem:
+    """What a search works on: the model and the fit part, never select or test.
+
+    Attributes
+    ----------
+    fit: folds of the fit prompts, each with the fit text.
+    step: opens a step of the run's progress.
+    means: for mean ablation.
+    scores: of the unpruned model, once they are known.
+    """
+
+    model: LanguageModel
+    fit: list[Evaluator]
+    step: Callable[[str, int], AbstractContextManager[Advance]]
+    means: ActivationMeans | None = None
+    scores: Scores | None = None
+
+    @property
+    def space(self) -> UnitSpace:
+        return UnitSpace.of(self.model)
+
+    def mask(self, removed: Iterable[Unit | int]) -> Mask:
+        return Mask.removing(self.model, removed, self.means)
+
+    def score(self, scorer: Scorer, mask: Mask | None = None, fold: int = 0) -> Any:
+        """Score the model as it is under a mask on one of the folds; keep the scores of the unpruned model."""
+        fit = self.fit[fold % len(self.fit)]
+        with self.step("Score every unit", scorer.work(fit)) as advance:
+            scores = scorer.score(fit, mask, self.means, advance)
+        if mask is None:
+            self.scores = scores
+        return scores
+
+
+class Search(Protocol):
+    """Turns scores into proposals, one after the other, told of each one's figures on select."""
+
+    def proposals(self, problem: Problem, scorer: Any) -> Proposals:
+        """Propose masks; the value of each ``yield`` is the proposal's :class:`Outcome`."""
+        ...

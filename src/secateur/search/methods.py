@@ -1,0 +1,111 @@
+"""The registry of methods: each is one way to score and one way to choose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from secateur.errors import SettingError
+from secateur.models import LanguageModel
+from secateur.scoring.attribution import Attribution
+from secateur.scoring.base import Scorer, Settings
+from secateur.search.base import Search
+from secateur.search.elimination import Elimination
+from secateur.suites import Suite
+
+DEFAULT_METHOD = "attribution"
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """One line of the registry: what scores, what chooses, and one line for people."""
+
+    scorer: type[Settings]
+    search: type[Settings]
+    summary: str
+
+
+METHODS: dict[str, MethodKind] = {
+    "attribution": MethodKind(
+        Attribution, Elimination, "effect of every head and neuron per cost, from one backward pass; in rounds"
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method with its settings, ready to run."""
+
+    name: str
+    scorer: Any
+    search: Any
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings with their values."""
+        return {**self.scorer.model_dump(), **self.search.model_dump()}
+
+    def check(self, model: LanguageModel, suite: Suite) -> None:
+        """Refuse a model or a suite that the method cannot work on, before anything is computed."""
+        self.scorer.check(model, suite)
+
+
+def method(name: str = DEFAULT_METHOD, options: dict[str, Any] | None = None) -> Method:
+    """A method by name.
+
+    Parameters
+    ----------
+    options: its settings by name; values may be text, as a command line gives them.
+
+    Raises
+    ------
+    SettingError: there is no such method or setting, or a value is out of its range.
+    """
+    if name not in METHODS:
+        raise SettingError(f"Unknown method '{name}'{_nearest(name, METHODS)}; choose one of: {', '.join(METHODS)}.")
+    kind, given = METHODS[name], dict(options or {})
+    known = {*kind.scorer.model_fields, *kind.search.model_fields}
+    for key in given:
+        if key not in known:
+            raise SettingError(
+                f"The method '{name}' has no setting '{key}'{_nearest(key, known)}; it has: {', '.join(sorted(known))}."
+            )
+    return Method(name, _build(name, kind.scorer, given), _build(name, kind.search, given))
+
+
+def _build(name: str, kind: type[Settings], given: dict[str, Any]) -> Scorer | Search | Settings:
+    chosen = {key: value for key, value in given.items() if key in kind.model_fields}
+    try:
+        return kind(**chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:1]) or "the settings"
+        what = first["msg"].removeprefix("Value error, ")
+        raise SettingError(
+            f"Setting '{where}' of the method '{name}': {what[:1].lower() + what[1:]}, not {first['input']!r}."
+        ) from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, str]:
+    """Settings from ``key=value`` texts; of two values for one key the later holds.
+
+    Raises
+    ------
+    SettingError: a text is not of this form.
+    """
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip() or not value.strip():
+            raise SettingError(f"'{pair}' is not of the form key=value, such as --set rounds=6.")
+        options[key.strip()] = value.strip()
+    return options

@@ -1,0 +1,135 @@
+"""Measure what a search proposes on the select part, and choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.disparity import corrected_square, suite_bias
+from secateur.search.base import Outcome, Problem, Proposals, Selection
+from secateur.studies.record import Recorder
+from secateur.units import Mask
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """A candidate's figures on the select part.
+
+    Attributes
+    ----------
+    bias: corrected suite bias B. bias_square: B^2 before the root, negative below the noise.
+    perplexity_increase, perplexity_high: relative increase and the upper end of its 95 % interval.
+    within_limit: whether the increase plus one standard error keeps to the limit, so that the limit
+        is likely to hold on other text, too.
+    knobs: the settings of the search that led to it.
+    """
+
+    kind: str
+    heads: int
+    neurons: int
+    bias: float
+    bias_square: float
+    mean_abs_gap: float
+    perplexity_increase: float
+    perplexity_high: float
+    within_limit: bool
+    knobs: dict[str, Any] = field(default_factory=dict)
+    chosen: bool = False
+
+
+@dataclass(eq=False)
+class Candidates:
+    """The masks that a search has proposed, as measured on select.
+
+    Attributes
+    ----------
+    select: the select part.
+    limit: the utility limit, 0.02 for +2 %.
+    changed: called after every measurement, so that an interrupted run leaves what it has found.
+    """
+
+    select: Evaluator
+    limit: float
+    seed: int
+    recorder: Recorder
+    changed: Callable[[Candidates], None] = lambda _: None
+    measured: list[tuple[Mask, CandidateRecord]] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[CandidateRecord]:
+        return [record for _, record in self.measured]
+
+    def run(self, problem: Problem, proposals: Proposals) -> None:
+        """Measure proposal after proposal, and tell the search each one's figures."""
+        with self.recorder.step("Measure the unpruned model", self.select.work(utility=True)) as advance:
+            self.select.evaluate(None, advance, utility=True)
+        try:
+            selection = next(proposals)
+            while True:
+                record = self.measure(problem, selection)
+                selection = proposals.send(Outcome(record.bias_square, record.perplexity_increase, record.within_limit))
+        except StopIteration:
+            pass
+
+    def measure(self, problem: Problem, selection: Selection) -> CandidateRecord:
+        """Measure one proposal."""
+        mask = problem.mask(selection.removed)
+        name = f"Candidate {len(self.measured) + 1}: {mask.heads_removed} heads, {mask.neurons_removed} neurons"
+        with self.recorder.step(name, self.select.work(utility=True)) as advance:
+            table = self.select.evaluate(mask, advance, utility=True).table
+        increase = self.select.perplexity_increase(mask, self.seed)
+        bias = suite_bias(table, self.seed)
+        record = CandidateRecord(
+            kind=selection.kind,
+            heads=mask.heads_removed,
+            neurons=mask.neurons_removed,
+            bias=bias.corrected,
+            bias_square=corrected_square(table, self.seed),
+            mean_abs_gap=bias.mean_abs_gap,
+            perplexity_increase=increase.value,
+            perplexity_high=increase.high,
+            within_limit=increase.value + increase.standard_error <= self.limit,
+            knobs=selection.knobs,
+        )
+        self.measured.append((mask, record))
+        self.changed(self)
+        return record
+
+    def choose(self) -> Mask | None:
+        """The candidate with the least bias within the limit, marked as chosen, if it is better than none."""
+        before = corrected_square(self.select.evaluate().table, self.seed)
+        passing = [
+            (record.bias_square, record.heads + record.neurons, number)
+            for number, record in enumerate(self.records)
+            if record.within_limit and record.bias_square < before
+        ]
+        if not passing:
+            return None
+        number = min(passing)[2]
+        mask, record = self.measured[number]
+        self.measured[number] = (mask, replace(record, chosen=True))
+        return mask
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Plain data: every candidate with its removed units."""
+        return [{**asdict(record), "removed": mask.removed.tolist()} for mask, record in self.measured]
+
+
+def why_nothing(candidates: list[CandidateRecord], limit: float) -> str:
+    """Explain which limit held every candidate back."""
+    if not candidates:
+        return "No unit's removal is predicted to lower the bias, so the model is left as it is."
+    inside = [candidate for candidate in candidates if candidate.within_limit]
+    if not inside:
+        cheapest = min(candidates, key=lambda candidate: candidate.perplexity_high)
+        return (
+            f"Every candidate costs too much: the cheapest raises perplexity by {cheapest.perplexity_increase:.2%} "
+            f"(up to {cheapest.perplexity_high:.2%}), the limit is {100 * limit:.3g}%. Raise --max-perplexity-increase "
+            "to allow more; the model is left as it is."
+        )
+    return (
+        f"No candidate within the perplexity limit of {100 * limit:.3g}% ({len(inside)} of {len(candidates)}) lowers "
+        "the bias on the select part; the model is left as it is."
+    )

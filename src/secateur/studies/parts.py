@@ -1,0 +1,140 @@
+"""What every study of masks is made on: the parts of a suite and of a neutral text, and a control suite."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SettingError
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.answers import DEFAULT_BATCH_SIZE
+from secateur.measures.prompts import ChatMode, PromptSet, build_prompts, check_chat
+from secateur.measures.splits import Splits, split
+from secateur.measures.utility import (
+    DEFAULT_UTILITY_TOKENS,
+    NeutralText,
+    activation_means,
+    read_passages,
+    split_text,
+)
+from secateur.models import LanguageModel
+from secateur.search.base import Problem
+from secateur.studies.record import Recorder
+from secateur.suites import Suite, load_suite
+from secateur.units import check_ablation
+
+FOLD_PROMPTS = 256
+CONTROL_PROMPTS = 96
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What every study of masks can be told.
+
+    Attributes
+    ----------
+    max_perplexity_increase: the utility limit, 0.02 for +2 %.
+    ablation: what a removed unit gives: "zero" or its "mean" over neutral text.
+    seed: of splits, random masks, permutations and bootstrap.
+    batch_size: prompts in one forward pass.
+    chat: "auto", "chat" or "plain".
+    max_markers: at most so many markers per group in fit and select; None for all. Test uses all.
+    utility_text: a text file instead of the built-in neutral corpus.
+    utility_tokens: tokens of it per part; None for all.
+    control_suite: a non-demographic suite measured before and after; None for none.
+    """
+
+    max_perplexity_increase: float = 0.02
+    ablation: str = "zero"
+    seed: int = 0
+    batch_size: int = DEFAULT_BATCH_SIZE
+    chat: ChatMode = "auto"
+    max_markers: int | None = None
+    utility_text: str | Path | None = None
+    utility_tokens: int | None = DEFAULT_UTILITY_TOKENS
+    control_suite: str | None = "control-colour"
+
+    def check(self) -> None:
+        """Refuse settings that make no sense, before anything expensive.
+
+        Raises
+        ------
+        SettingError: names the setting and its range.
+        DataError, SuiteError: the utility text or the control suite is not usable.
+        """
+        check_ablation(self.ablation)
+        check_chat(self.chat)
+        read_passages(self.utility_text)
+        if self.control_suite is not None:
+            load_suite(self.control_suite)
+        if not 0 < self.max_perplexity_increase < 10:
+            raise SettingError("The maximum perplexity increase must lie between 0 and 10 (0.02 stands for 2 %).")
+        for name, low in (("batch_size", 1), ("max_markers", 2), ("utility_tokens", 512)):
+            self.check_least(name, low)
+
+    def check_least(self, name: str, low: int) -> None:
+        """Refuse a setting below its least value."""
+        value = getattr(self, name)
+        if value is not None and value < low:
+            raise SettingError(f"The setting {name} must be at least {low}, not {value}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the record of a run."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Fit, select and test, tokenised and packed, with the text that goes with each, and the control suite.
+
+    Fit is dealt into folds of scenarios, each with all markers: scoring in rounds takes one fold
+    after the other, which is faster and keeps any round from fitting its own prompts too well.
+    """
+
+    splits: Splits
+    fit: list[Evaluator]
+    select: Evaluator
+    test: Evaluator
+    control: Evaluator | None
+
+    @classmethod
+    def prepare(cls, model: LanguageModel, suite: Suite, settings: StudySettings) -> Parts:
+        splits = split(suite, settings.seed, settings.max_markers)
+        passages = read_passages(settings.utility_text)
+        text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
+
+        def evaluator(prompts: PromptSet, neutral: NeutralText | None = None, divergence: bool = False) -> Evaluator:
+            return Evaluator(model, prompts, neutral, settings.batch_size, divergence)
+
+        control = None
+        if settings.control_suite is not None:
+            asked = load_suite(settings.control_suite)
+            prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
+            control = evaluator(folds(prompts, CONTROL_PROMPTS)[0])
+        fit = build_prompts(model, suite, splits.fit, settings.chat)
+        select = build_prompts(model, suite, splits.select, settings.chat)
+        test = build_prompts(model, suite, splits.test, settings.chat)
+        return cls(
+            splits=splits,
+            fit=[evaluator(fold, text["fit"]) for fold in folds(fit)],
+            select=evaluator(select, text["select"]),
+            test=evaluator(test, text["test"], divergence=True),
+            control=control,
+        )
+
+    def problem(self, settings: StudySettings, recorder: Recorder) -> Problem:
+        """What a search is given: the fit part and, for mean ablation, the means of its text."""
+        model, text = self.select.model, self.fit[0].text
+        means = None
+        if settings.ablation == "mean":
+            assert text is not None
+            with recorder.step("Mean activations", len(text.windows)) as advance:
+                means = activation_means(model, text, advance)
+        return Problem(model, self.fit, recorder.step, means)
+
+
+def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
+    """Deal the scenarios of a set into folds of about ``size`` prompts each."""
+    number = min(len(prompts.scenarios), max(1, round(len(prompts) / size)))
+    return [prompts.of_scenarios(prompts.scenarios[i::number]) for i in range(number)]

@@ -1,0 +1,114 @@
+"""Judge a mask once, on the test part: before and after, random masks of its size, a control suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from secateur.measures.disparity import Comparison, Interval, Table, compare
+from secateur.search.base import Problem
+from secateur.studies.parts import Parts
+from secateur.studies.record import Recorder
+from secateur.units import Mask
+
+Verdict = Literal["verified", "not verified"]
+VERIFIED: Verdict = "verified"
+NOT_VERIFIED: Verdict = "not verified"
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What the test part says about one mask.
+
+    Attributes
+    ----------
+    before, after: y by scenario and marker.
+    comparison: the suite bias before and after. control: the same for the control suite.
+    perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text.
+    """
+
+    before: Table
+    after: Table
+    comparison: Comparison
+    control: Comparison | None
+    perplexity_before: float
+    perplexity_after: float
+    perplexity_increase: Interval
+    kl: float
+
+
+def examine(parts: Parts, mask: Mask, seed: int, recorder: Recorder) -> Examination:
+    """Read the test part and the control suite for a mask."""
+    test = parts.test
+    with recorder.step("Test: before", test.work(utility=True)) as advance:
+        before = test.evaluate(None, advance, utility=True).table
+    with recorder.step("Test: after", test.work(utility=True)) as advance:
+        after = test.evaluate(mask, advance, utility=True).table
+    control = None
+    if parts.control is not None:
+        name = f"Control suite {parts.control.prompts.suite.name}"
+        with recorder.step(name, 2 * parts.control.work()) as advance:
+            one = parts.control.evaluate(None, advance).table
+            other = parts.control.evaluate(mask, advance).table
+        control = compare(one, other, seed)
+    return Examination(
+        before=before,
+        after=after,
+        comparison=compare(before, after, seed),
+        control=control,
+        perplexity_before=test.perplexity(),
+        perplexity_after=test.perplexity(mask),
+        perplexity_increase=test.perplexity_increase(mask, seed),
+        kl=test.kl_divergence(mask),
+    )
+
+
+def examine_random(
+    parts: Parts, problem: Problem, mask: Mask, draws: int, seed: int, recorder: Recorder
+) -> list[Comparison]:
+    """The bias on test under masks that remove as many heads and neurons, drawn at random."""
+    rng = np.random.default_rng(seed + 1)
+    before = parts.test.evaluate().table
+    comparisons = []
+    with recorder.step("Test: random masks of the same size", draws * parts.test.work()) as advance:
+        for _ in range(draws):
+            after = parts.test.evaluate(problem.mask(random_units(mask, rng)), advance).table
+            comparisons.append(compare(before, after, seed))
+    return comparisons
+
+
+def random_units(mask: Mask, rng: np.random.Generator) -> np.ndarray:
+    """Flat positions of as many heads and neurons as a mask removes, drawn at random."""
+    space = mask.space
+    heads = rng.choice(space.n_heads, size=mask.heads_removed, replace=False)
+    neurons = space.n_heads + rng.choice(space.n_neurons, size=mask.neurons_removed, replace=False)
+    return np.concatenate([heads, neurons])
+
+
+def judge(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> tuple[Verdict, str]:
+    """The verdict on the test figures, and its reasons in words.
+
+    Verified means: there was a bias (B before has a lower end above 0), it fell (the reduction's
+    lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
+    """
+    best_random = max(draw.reduction.value for draw in random)
+    reduction = comparison.reduction
+    faults = []
+    if comparison.before.low <= 0:
+        faults.append(f"the bias before the repair ({comparison.before}) cannot be told from chance on the test part")
+    if reduction.low <= 0:
+        faults.append(f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect")
+    if reduction.value <= best_random:
+        faults.append(f"a random mask of the same size did as well ({best_random:.0%})")
+    if increase.value > limit:
+        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%")
+    figures = (
+        f"On unseen markers and wordings the bias fell by {reduction.value:.0%} "
+        f"(95 % interval {reduction.low:.0%} to {reduction.high:.0%}), perplexity changed by {increase.value:+.2%}, "
+        f"and random masks of the same size changed the bias by {-np.mean([d.reduction.value for d in random]):+.0%}."
+    )
+    if not faults:
+        return VERIFIED, figures
+    return NOT_VERIFIED, f"Not proven: {'; '.join(faults)}. {figures}"
