@@ -192,7 +192,7 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     assert result["verdict"] in ("verified", "not verified")
     assert result["seconds"] > 0
     assert result["tokens_forward"] > result["tokens_backward"] > 0
-    assert set(result["units"]) == {"heads", "neurons", "heads_total", "neurons_total"}
+    assert set(result["units"]) == {"heads", "neurons", "weights", "heads_total", "neurons_total"}
     assert (result["units"]["heads_total"], result["units"]["neurons_total"]) == (8, 96)
     assert result["units"]["heads"] + result["units"]["neurons"] > 0
     test, utility = result["test"], result["utility"]

@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, repair
+from secateur.api import apply, audit, compare, localise, repair
 from secateur.errors import (
     DataError,
     MaskError,
@@ -21,6 +21,8 @@ from secateur.errors import (
 )
 from secateur.models import LanguageModel, load
 from secateur.studies.audit import AuditResult
+from secateur.studies.compare import CompareResult, CompareSettings
+from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.suites import Suite, load_suite, suite_names
@@ -28,8 +30,12 @@ from secateur.units import Mask, Unit, UnitSpace, masked
 
 __all__ = [
     "AuditResult",
+    "CompareResult",
+    "CompareSettings",
     "DataError",
     "LanguageModel",
+    "LocaliseResult",
+    "LocaliseSettings",
     "Mask",
     "MaskError",
     "ModelError",
@@ -46,9 +52,11 @@ __all__ = [
     "UnitSpace",
     "apply",
     "audit",
+    "compare",
     "load",
     "load_plan",
     "load_suite",
+    "localise",
     "masked",
     "repair",
     "suite_names",

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from secateur.files import OutputDirectory, write_text, writing
+from secateur.files import OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.models import LanguageModel
 from secateur.progress import Progress
-from secateur.reports.html import render_audit, render_repair
+from secateur.reports.html import render_audit, render_compare, render_repair
 from secateur.studies import audit as audits
+from secateur.studies import compare as comparisons
+from secateur.studies import localise as localisations
 from secateur.studies import repair as repairs
 from secateur.studies.audit import AuditResult
+from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
+from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
-from secateur.suites import Suite, load_suite
+from secateur.suites import Suite, load_suite, suite_hash
 from secateur.surgery import write_checkpoint
 
 SPARE_BYTES = 50_000_000
+STATE = "partial.json"
 
 
 def audit(
@@ -106,6 +113,100 @@ def repair(
         result = repairs.repair(model, suite, chosen, progress=progress, save_partial=save_partial)
         _write_repair(result, model, directory)
     return result
+
+
+def localise(
+    model: LanguageModel,
+    suite: str | Path | Suite | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> LocaliseResult:
+    """Score every unit by a method, without removing any.
+
+    Parameters
+    ----------
+    output: a directory for ``scores.safetensors`` (rank and values, each (units,)), ``top.csv`` (the
+        first units) and ``localise.json``; overwrite: replace it if it exists.
+    settings: ``method``, ``options`` and the fields that every study has, such as ``seed``.
+
+    Raises
+    ------
+    SuiteError, SettingError, DataError: something asked for is unknown, too small or does not suit the model.
+    OutputError: the directory exists or cannot be written.
+    """
+    suite = load_suite(suite)
+    chosen = LocaliseSettings(**settings)
+    chosen.check()
+    directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
+    with writing(directory):
+        result = localisations.localise(model, suite, chosen, progress=progress)
+        if directory is not None:
+            directory.write_json("localise.json", result.as_dict())
+            write_text(directory.staging / "top.csv", result.csv())
+            result.save_scores(directory.staging / "scores.safetensors")
+    return result
+
+
+def compare(
+    model: LanguageModel,
+    suite: str | Path | Suite | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    quick: bool = False,
+    **settings: Any,
+) -> CompareResult:
+    """Compare methods on the same model, data and utility limit.
+
+    Parameters
+    ----------
+    output: a directory for ``compare.json``, ``compare.csv`` and ``report.html``; overwrite: replace it if
+        it exists. A run that was interrupted carries on with the methods that were not finished.
+    quick: a small part of the data, for a first look.
+    settings: fields of :class:`secateur.CompareSettings`, such as ``methods=("attribution", "random")``.
+
+    Raises
+    ------
+    SuiteError, SettingError, DataError: something asked for is unknown, too small or does not suit the model.
+    OutputError: the directory exists or cannot be written.
+    """
+    suite = load_suite(suite)
+    chosen = CompareSettings(**settings)
+    chosen = chosen.quick() if quick else chosen
+    chosen.check()
+    progress = progress or Progress()
+    if output is None:
+        return comparisons.compare(model, suite, chosen, progress=progress)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
+    key = {"model": model.fingerprint, "suite": suite_hash(suite), "settings": chosen.as_dict()}
+    with writing(directory, keep=True):
+        done = _remembered(directory, key)
+        if done:
+            progress.say(f"Carrying on an interrupted run; finished: {', '.join(done)}")
+
+        def remember(found: MethodResult) -> None:
+            done[found.name] = found
+            directory.write_json(STATE, {"key": key, "methods": [asdict(one) for one in done.values()]})
+
+        result = comparisons.compare(model, suite, chosen, progress=progress, remembered=dict(done), remember=remember)
+        directory.write_json("compare.json", result.as_dict())
+        write_text(directory.staging / "compare.csv", result.csv())
+        write_text(directory.staging / "report.html", render_compare(result))
+        (directory.staging / STATE).unlink(missing_ok=True)
+    return result
+
+
+def _remembered(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, MethodResult]:
+    """The results of an interrupted run with the same key; anything else that it left is removed."""
+    state = directory.read_json(STATE)
+    if isinstance(state, dict) and json.loads(to_json(key)) == state.get("key"):
+        return {fields["name"]: MethodResult.from_dict(fields) for fields in state["methods"]}
+    directory.clear()
+    return {}
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:

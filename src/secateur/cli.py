@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, SettingError
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_VERIFIED = 3
@@ -43,6 +43,12 @@ MethodName = Annotated[str, typer.Option("--method", help="How units are scored 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be repeated.")
 ]
+Limit = Annotated[float, typer.Option("--max-perplexity-increase", help="The utility limit; 0.02 stands for 2 %.")]
+Ablation = Annotated[str, typer.Option(help="What a removed unit gives: zero, or its mean.")]
+UtilityText = Annotated[Path | None, typer.Option(help="Neutral text instead of the built-in corpus.")]
+UtilityTokens = Annotated[int, typer.Option(help="Tokens of it in each of fit, select and test; 0 for all.")]
+MaxMarkers = Annotated[int, typer.Option(help="Markers per group in fit and select; 0 for all.")]
+ControlSuite = Annotated[str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -111,17 +117,13 @@ def repair(
     ] = Path("runs/repair"),
     method: MethodName = "attribution",
     settings: Set = None,
-    max_perplexity_increase: Annotated[float, typer.Option(help="The utility limit; 0.02 stands for 2 %.")] = 0.02,
-    ablation: Annotated[str, typer.Option(help="What a removed unit gives: zero, or its mean.")] = "zero",
-    utility_text: Annotated[Path | None, typer.Option(help="Neutral text instead of the built-in corpus.")] = None,
-    utility_tokens: Annotated[
-        int, typer.Option(help="Tokens of it in each of fit, select and test; 0 for all.")
-    ] = 6144,
-    max_markers: Annotated[int, typer.Option(help="Markers per group in fit and select; 0 for all.")] = 0,
+    max_perplexity_increase: Limit = 0.02,
+    ablation: Ablation = "zero",
+    utility_text: UtilityText = None,
+    utility_tokens: UtilityTokens = 6144,
+    max_markers: MaxMarkers = 0,
     random_draws: Annotated[int, typer.Option(help="Random masks to compare with.")] = 5,
-    control_suite: Annotated[
-        str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")
-    ] = "control-colour",
+    control_suite: ControlSuite = "control-colour",
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -138,17 +140,12 @@ def repair(
     told: dict[str, Any] = {
         "method": method,
         "options": _options_of(settings),
-        "max_perplexity_increase": max_perplexity_increase,
-        "ablation": ablation,
-        "utility_text": utility_text,
-        "utility_tokens": utility_tokens or None,
-        "max_markers": max_markers or None,
         "random_draws": random_draws,
-        "control_suite": None if control_suite == "none" else control_suite,
-        "seed": seed,
-        "batch_size": batch_size,
-        "chat": _chat(chat),
-    }
+        **_study_settings(
+            max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
+            seed, batch_size, chat,
+        ),
+    }  # fmt: skip
     asked = _suite(suite)
     secateur.RepairSettings(**told).check()
     _check_output(output, overwrite)
@@ -164,6 +161,116 @@ def repair(
         raise typer.Exit(EXIT_NOTHING_PASSED)
     if result.verdict != "verified":
         raise typer.Exit(EXIT_NOT_VERIFIED)
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    suite: SuiteName = "occupations",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for compare.json, compare.csv and report.html.")
+    ] = Path("runs/compare"),
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to compare, separated by commas [default: all]; see secateur methods.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one method; may be repeated."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small part of the data, for a first look.")] = False,
+    max_perplexity_increase: Limit = 0.02,
+    ablation: Ablation = "zero",
+    utility_text: UtilityText = None,
+    utility_tokens: UtilityTokens = 6144,
+    max_markers: MaxMarkers = 0,
+    random_draws: Annotated[int, typer.Option(help="Random masks whose spread is shown.")] = 20,
+    control_suite: ControlSuite = "control-colour",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    chat: Chat = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare methods on the same model, data and utility limit. An interrupted run carries on."""
+    import secateur
+    from secateur.reports.terminal import TerminalProgress, compare_lines, compare_table
+
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    told: dict[str, Any] = {
+        "methods": names,
+        "options": _options_by_method(settings),
+        "random_draws": random_draws,
+        **_study_settings(
+            max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
+            seed, batch_size, chat,
+        ),
+    }  # fmt: skip
+    asked = _suite(suite)
+    secateur.CompareSettings(**told).check()
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    result = secateur.compare(
+        loaded, asked, output=output, overwrite=overwrite, quick=quick, progress=TerminalProgress(console), **told
+    )
+    console.print(compare_table(result))
+    for line in compare_lines(result):
+        console.print(escape(line))
+    console.print(f"Written: {escape(str(output))}/compare.json, compare.csv, report.html")
+
+
+@app.command()
+def localise(
+    model: Model = None,
+    suite: SuiteName = "occupations",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for scores.safetensors and top.csv.")
+    ] = Path("runs/localise"),
+    method: MethodName = "attribution",
+    settings: Set = None,
+    ablation: Ablation = "zero",
+    utility_text: UtilityText = None,
+    utility_tokens: UtilityTokens = 6144,
+    max_markers: MaxMarkers = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    chat: Chat = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a method's scores of every unit, without removing any."""
+    import secateur
+    from secateur.reports.terminal import TerminalProgress, localise_table
+
+    told: dict[str, Any] = {
+        "method": method,
+        "options": _options_of(settings),
+        **_study_settings(0.02, ablation, utility_text, utility_tokens, max_markers, "none", seed, batch_size, chat),
+    }
+    asked = _suite(suite)
+    secateur.LocaliseSettings(**told).check()
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    result = secateur.localise(
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+    )
+    console.print(localise_table(result))
+    for note in result.notes:
+        console.print(escape(note))
+    console.print(f"Written: {escape(str(output))}/scores.safetensors, top.csv, localise.json")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their settings."""
+    from secateur.reports.terminal import methods_table
+
+    console.print(methods_table())
 
 
 @app.command()
@@ -185,9 +292,7 @@ def apply(
     loaded = _load(model, dtype, device, device_map, trust_remote_code)
     written = secateur.apply(loaded, loaded_plan, output, overwrite=overwrite)
     mask = loaded_plan.mask
-    console.print(
-        f"Written: {escape(str(written))} ({mask.heads_removed} heads, {mask.neurons_removed} neurons zeroed)"
-    )
+    console.print(f"Written: {escape(str(written))} ({mask.summary} zeroed)")
 
 
 @app.command()
@@ -238,6 +343,41 @@ def _options_of(pairs: list[str] | None) -> dict[str, str]:
     from secateur.search.methods import parse_options
 
     return parse_options(pairs or [])
+
+
+def _options_by_method(pairs: list[str] | None) -> dict[str, dict[str, str]]:
+    by_method: dict[str, dict[str, str]] = {}
+    for key, value in _options_of(pairs).items():
+        name, dot, setting = key.partition(".")
+        if not dot:
+            raise SettingError(f"'{key}={value}' names no method; write --set METHOD.{key}={value}.")
+        by_method.setdefault(name, {})[setting] = value
+    return by_method
+
+
+def _study_settings(
+    limit: float,
+    ablation: str,
+    utility_text: Path | None,
+    utility_tokens: int,
+    max_markers: int,
+    control_suite: str,
+    seed: int,
+    batch_size: int,
+    chat: str,
+) -> dict[str, Any]:
+    """What every study of masks is told, from how the command line says it."""
+    return {
+        "max_perplexity_increase": limit,
+        "ablation": ablation,
+        "utility_text": utility_text,
+        "utility_tokens": utility_tokens or None,
+        "max_markers": max_markers or None,
+        "control_suite": None if control_suite == "none" else control_suite,
+        "seed": seed,
+        "batch_size": batch_size,
+        "chat": _chat(chat),
+    }
 
 
 def _chat(mode: str) -> Any:

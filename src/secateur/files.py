@@ -33,8 +33,14 @@ class OutputDirectory:
     overwrite: bool
 
     @classmethod
-    def open(cls, target: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> OutputDirectory:
+    def open(
+        cls, target: str | Path, overwrite: bool = False, needed_bytes: int = 0, *, carry_on: bool = False
+    ) -> OutputDirectory:
         """Check at the door that the directory may and can be written.
+
+        Parameters
+        ----------
+        carry_on: keep what an interrupted run left in ``NAME.partial``.
 
         Raises
         ------
@@ -44,14 +50,15 @@ class OutputDirectory:
         staging = target.with_name(target.name + PARTIAL_SUFFIX)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if staging.exists():
+            if staging.exists() and not carry_on:
                 shutil.rmtree(staging)
-            staging.mkdir()
+            staging.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not carry_on:
+                shutil.rmtree(staging, ignore_errors=True)
             raise OutputError(
                 f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "
                 f"{needed_bytes / 1e9:.1f} GB are needed."
@@ -61,6 +68,13 @@ class OutputDirectory:
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file, atomically."""
         write_text(self.staging / name, to_json(content))
+
+    def read_json(self, name: str) -> Any:
+        """What an interrupted run left under this name; None where there is nothing that can be read."""
+        try:
+            return json.loads((self.staging / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def publish(self) -> None:
         """Give the directory its name, in place of an older one where that is allowed.
@@ -93,6 +107,11 @@ class OutputDirectory:
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
+    def clear(self) -> None:
+        """Remove what lies in the staging directory."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(exist_ok=True)
+
     def discard(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -115,8 +134,8 @@ def check_target(target: str | Path, overwrite: bool) -> Path:
 
 
 @contextlib.contextmanager
-def writing(output: OutputDirectory | None) -> Iterator[OutputDirectory | None]:
-    """Publish on success, keep the partial state on Ctrl-C, remove it on any error."""
+def writing(output: OutputDirectory | None, *, keep: bool = False) -> Iterator[OutputDirectory | None]:
+    """Publish on success, keep the partial state on Ctrl-C, remove it on any error unless ``keep`` is set."""
     try:
         yield output
     except KeyboardInterrupt:
@@ -124,11 +143,12 @@ def writing(output: OutputDirectory | None) -> Iterator[OutputDirectory | None]:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
         if output is None:
             raise
-        output.discard()
+        if not keep:
+            output.discard()
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
     except BaseException:
-        if output is not None:
+        if output is not None and not keep:
             output.discard()
         raise
     if output is not None:

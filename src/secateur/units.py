@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -186,6 +186,16 @@ class Mask:
         return np.flatnonzero(~self.keep)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is removed."""
+        return bool(self.keep.all())
+
+    @property
+    def summary(self) -> str:
+        """What is removed, in words."""
+        return f"{self.heads_removed} heads, {self.neurons_removed} neurons"
+
+    @property
     def units(self) -> list[Unit]:
         return [self.space.unit(flat) for flat in self.removed]
 
@@ -196,6 +206,18 @@ class Mask:
     @property
     def neurons_removed(self) -> int:
         return int((~self.keep[self.space.n_heads :]).sum())
+
+    @property
+    def weights_removed(self) -> int:
+        """A mask of units removes no single weights."""
+        return 0
+
+    def random_like(self, rng: np.random.Generator) -> Mask:
+        """A mask that removes as many heads and as many neurons, drawn at random."""
+        keep = np.ones(len(self.space), dtype=bool)
+        keep[rng.choice(self.space.n_heads, size=self.heads_removed, replace=False)] = False
+        keep[self.space.n_heads + rng.choice(self.space.n_neurons, size=self.neurons_removed, replace=False)] = False
+        return Mask(self.space, keep, self.fingerprint, self.means)
 
     def __and__(self, other: Mask) -> Mask:
         """The mask that removes what either removes."""
@@ -234,6 +256,18 @@ class Mask:
                 f"This mask was made for another model (fingerprint {self.fingerprint}) than '{model.source}' "
                 f"(fingerprint {model.fingerprint}); load the model it was made for."
             )
+
+    @contextmanager
+    def applied(self, model: LanguageModel) -> Iterator[None]:
+        """Remove the mask's units from a live model while the context lasts.
+
+        Raises
+        ------
+        MaskError: the mask was made for another model.
+        """
+        self.check(model)
+        with gated(model, _mask_gates(self)):
+            yield
 
     def save(self, path: str | Path) -> None:
         """Write the mask to one small safetensors file; equal masks give equal bytes."""
@@ -381,20 +415,22 @@ def gated(model: LanguageModel, gates: Gates) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def masked(model: LanguageModel, mask: Mask | None) -> Iterator[None]:
-    """Remove a mask's units from a live model while the context lasts.
+class Applicable(Protocol):
+    """A mask of any kind: of units, or of single weights."""
+
+    def applied(self, model: LanguageModel) -> AbstractContextManager[None]:
+        """Remove from a live model, while the context lasts, what the mask removes."""
+        ...
+
+
+def masked(model: LanguageModel, mask: Applicable | None) -> AbstractContextManager[None]:
+    """Remove from a live model, while the context lasts, what a mask removes; None removes nothing.
 
     Raises
     ------
     MaskError: the mask was made for another model.
     """
-    if mask is None:
-        yield
-        return
-    mask.check(model)
-    with gated(model, _mask_gates(mask)):
-        yield
+    return nullcontext() if mask is None else mask.applied(model)
 
 
 def _mask_gates(mask: Mask) -> Gates:

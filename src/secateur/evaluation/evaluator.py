@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,8 @@ from secateur.measures.utility import (
 )
 from secateur.models import LanguageModel
 from secateur.progress import Advance
-from secateur.units import Mask, masked
+from secateur.units import masked
+from secateur.weights import AnyMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +58,22 @@ class Evaluator:
     text: NeutralText | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
     divergence: bool = False
-    batches: list[Batch] = field(init=False)
     _y: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
     _nll: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
     _kl: dict[bytes, float] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.batches = pack(self.model, self.prompts, self.batch_size)
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The prompts, packed for the model; packed when they are first needed."""
+        return pack(self.model, self.prompts, self.batch_size)
 
     def work(self, utility: bool = False) -> int:
         """Steps that one evaluation reports to ``advance``."""
         return len(self.prompts) + (len(self.text.windows) if utility and self.text else 0)
 
     def evaluate(
-        self, mask: Mask | None = None, advance: Advance = lambda _: None, *, utility: bool = False
+        self, mask: AnyMask | None = None, advance: Advance = lambda _: None, *, utility: bool = False
     ) -> Measurement:
         """Measure a mask; None is the unpruned model.
 
@@ -98,15 +101,15 @@ class Evaluator:
         table = Table(self.prompts.table(self._y[key]), self.prompts.groups)
         return Measurement(table, self._nll[key] if utility else None)
 
-    def perplexity(self, mask: Mask | None = None) -> float:
+    def perplexity(self, mask: AnyMask | None = None) -> float:
         """Perplexity of the neutral text under a mask."""
         return perplexity(self._likelihood(mask), self._text)
 
-    def perplexity_increase(self, mask: Mask, seed: int = 0) -> Interval:
+    def perplexity_increase(self, mask: AnyMask, seed: int = 0) -> Interval:
         """Relative increase over the unpruned model, with its interval over windows."""
         return perplexity_increase(self._likelihood(None), self._likelihood(mask), self._text, seed)
 
-    def kl_divergence(self, mask: Mask) -> float:
+    def kl_divergence(self, mask: AnyMask) -> float:
         """KL(unpruned || masked) on the neutral text, nats per token; see ``divergence``."""
         self.evaluate(None, utility=True)
         self.evaluate(mask, utility=True)
@@ -117,11 +120,11 @@ class Evaluator:
         assert self.text is not None, "this evaluator has no neutral text"
         return self.text
 
-    def _likelihood(self, mask: Mask | None) -> np.ndarray:
+    def _likelihood(self, mask: AnyMask | None) -> np.ndarray:
         nll = self.evaluate(mask, utility=True).nll
         assert nll is not None
         return nll
 
 
-def _key(mask: Mask | None) -> bytes:
-    return b"" if mask is None or mask.keep.all() else mask.key
+def _key(mask: AnyMask | None) -> bytes:
+    return b"" if mask is None or mask.is_empty else mask.key

@@ -11,9 +11,14 @@ import plotly.graph_objects as go
 
 from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
+from secateur.studies.compare import MethodResult
 from secateur.units import UnitSpace
 
 BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
+# Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
+WIDEST_INCREASE = 1.0
 
 
 def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
@@ -147,3 +152,72 @@ def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank
     figure.update_xaxes(title_text="head", row=1, col=1)
     figure.update_xaxes(title_text="neurons", row=1, col=2)
     return _style(figure, 60 + 14 * max(20, space.n_layers)).update_layout(margin={"t": 40})
+
+
+def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
+    """Every candidate of every method on select, and each method's choice on test with its intervals.
+
+    Increases above 100 % are drawn at 100 %, since some masks destroy the model.
+    """
+    figure = go.Figure()
+    for number, found in enumerate(methods):
+        colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[number % len(SYMBOLS)]
+        name = escape(found.name)
+        figure.add_scatter(
+            x=[100 * min(c.perplexity_increase, WIDEST_INCREASE) for c in found.candidates],
+            y=[c.bias for c in found.candidates],
+            mode="markers",
+            name=name,
+            legendgroup=name,
+            marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.55},
+            customdata=[[c.heads, c.neurons, 100 * c.perplexity_increase] for c in found.candidates],
+            hovertemplate=f"{name}, select<br>%{{customdata[0]}} heads, %{{customdata[1]}} neurons<br>"
+            "B %{y:.2f}, perplexity %{customdata[2]:+.2f} %<extra></extra>",
+        )
+        if found.bias_after is not None and found.perplexity_increase is not None:
+            bias, increase = found.bias_after, found.perplexity_increase
+            figure.add_scatter(
+                x=[100 * increase.value],
+                y=[bias.value],
+                error_x=_bar(increase.value, increase.low, increase.high, 100),
+                error_y=_bar(bias.value, bias.low, bias.high, 1),
+                mode="markers",
+                legendgroup=name,
+                showlegend=False,
+                marker={"color": colour, "symbol": symbol, "size": 15, "line": {"width": 1.5, "color": "white"}},
+                hovertemplate=f"{name}, chosen, test<br>B %{{y:.2f}}, perplexity %{{x:+.2f}} %<extra></extra>",
+            )
+    figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
+    figure.update_yaxes(rangemode="tozero")
+    return _style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="held-out bias B")
+
+
+def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
+    return {
+        "array": [scale * max(0.0, high - value)],
+        "arrayminus": [scale * max(0.0, value - low)],
+        "thickness": 1.2,
+        "width": 4,
+    }
+
+
+def cost_figure(methods: list[MethodResult]) -> go.Figure:
+    """Tokens forwarded by every method, to score the units and afterwards to choose."""
+    names = [escape(found.name) for found in methods]
+    figure = go.Figure()
+    parts = (
+        ("to score the units", AFTER, [found.localise_tokens for found in methods]),
+        ("to choose and to judge", NEUTRAL, [found.tokens_forward - found.localise_tokens for found in methods]),
+    )
+    for label, colour, tokens in parts:
+        figure.add_bar(
+            y=names,
+            x=tokens,
+            orientation="h",
+            name=label,
+            marker_color=colour,
+            customdata=[[found.seconds] for found in methods],
+            hovertemplate="%{y}: %{x:,} tokens " + label + "<br>%{customdata[0]:.0f} s in all<extra></extra>",
+        )
+    figure.update_yaxes(autorange="reversed")
+    return _style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens forwarded")

@@ -12,10 +12,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import secateur
-from secateur.reports.figures import candidates_figure, scenario_figure, units_figure
+from secateur.reports.figures import candidates_figure, cost_figure, pareto_figure, scenario_figure, units_figure
 from secateur.studies.audit import AuditResult
+from secateur.studies.compare import CompareResult
 from secateur.studies.repair import RepairResult
 from secateur.suites import Suite, fill
+from secateur.units import Mask
 
 PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "displayModeBar": False}
 
@@ -37,11 +39,25 @@ def render_repair(result: RepairResult) -> str:
     """The report of a repair, as HTML."""
     pictures: dict[str, Markup] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
     if result.mask is not None:
-        removed = [(unit.kind, unit.layer, unit.index) for unit in result.mask.units]
+        units = result.mask.units if isinstance(result.mask, Mask) else []
+        removed = [(unit.kind, unit.layer, unit.index) for unit in units]
         rank = None if result.scores is None else result.scores.rank
         pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))
-        pictures["units_figure"] = _picture(units_figure(result.mask.space, removed, rank))
+        pictures["units_figure"] = _picture(units_figure(result.space, removed, rank))
     return _render("repair.html.j2", result.run, result=result, example=_example(result.suite), **pictures)
+
+
+def render_compare(result: CompareResult) -> str:
+    """The report of a comparison, as HTML."""
+    return _render(
+        "compare.html.j2",
+        result.run,
+        result=result,
+        example=_example(result.suite),
+        draws=next((found.random_reductions for found in result.methods if found.random_reductions), []),
+        pareto_figure=_picture(pareto_figure(result.methods, result.limit)),
+        cost_figure=_picture(cost_figure(result.methods)),
+    )
 
 
 def _render(template: str, run: dict[str, Any], **content: Any) -> str:

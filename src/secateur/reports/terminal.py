@@ -20,7 +20,10 @@ from secateur.files import PARTIAL_SUFFIX
 from secateur.measures.disparity import Interval
 from secateur.measures.prompts import candidate_texts
 from secateur.progress import Advance, Progress
+from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
+from secateur.studies.compare import CompareResult
+from secateur.studies.localise import LocaliseResult
 from secateur.studies.repair import RepairResult
 from secateur.suites import Suite, fill
 
@@ -101,7 +104,7 @@ def repair_table(result: RepairResult) -> Table:
         table.add_row(
             candidate.kind,
             str(candidate.heads),
-            str(candidate.neurons),
+            str(candidate.neurons) if not candidate.weights else f"{candidate.weights:,} weights",
             f"{candidate.bias:.2f}",
             f"{candidate.mean_abs_gap:.2f}",
             f"{candidate.perplexity_increase:+.2%}",
@@ -122,8 +125,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     if result["test"] is not None:
         units, test, utility = result["units"], result["test"], result["utility"]
         lines += [
-            f"Removed {units['heads']} of {units['heads_total']:,} heads and {units['neurons']} of "
-            f"{units['neurons_total']:,} neurons",
+            _removed(units),
             f"Held-out bias B   {_interval(test['bias_before'])} -> {_interval(test['bias_after'])}",
             f"Reduction         {_percent(test['reduction'])}",
             f"Random masks      {_percent(test['random_reduction'])} (mean, smallest and largest draw)",
@@ -140,12 +142,82 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _removed(units: dict[str, int]) -> str:
+    if units.get("weights"):
+        return f"Removed {units['weights']:,} single weights"
+    heads = f"{units['heads']} of {units['heads_total']:,} heads"
+    return f"Removed {heads} and {units['neurons']} of {units['neurons_total']:,} neurons"
+
+
 def _interval(figure: dict[str, float]) -> str:
     return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 def _percent(figure: dict[str, float], digits: int = 0) -> str:
     return f"{figure['value']:+.{digits}%} [{figure['low']:+.{digits}%}, {figure['high']:+.{digits}%}]"
+
+
+def compare_table(result: CompareResult) -> Table:
+    """One line per method, the largest held-out reduction first."""
+    table = Table(title=f"{escape(result.suite.name)} on {escape(result.model)}, held out", box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    for heading in ("heads", "neurons", "B after", "reduction [95 %]", "perplexity [95 %]", "control", "tokens", "s"):
+        table.add_column(heading, justify="right")
+    for found in result.methods:
+        cost = (f"{found.tokens_forward:,}", f"{found.seconds:.0f}")
+        if found.bias_after is None or found.reduction is None or found.perplexity_increase is None:
+            table.add_row(found.name, "", "", "", found.status, "", "", *cost, style="dim")
+            continue
+        control = "" if found.control_change is None else f"{found.control_change.value:+.2f}"
+        table.add_row(
+            found.name,
+            str(found.heads),
+            str(found.neurons) if not found.weights else f"{found.weights:,} weights",
+            f"{found.bias_after.value:.2f}",
+            interval_text(found.reduction, percent=True),
+            _percent(found.perplexity_increase.as_dict(), 2),
+            control,
+            *cost,
+        )
+    return table
+
+
+def compare_lines(result: CompareResult) -> list[str]:
+    """The lines under a comparison's table."""
+    lines = []
+    for found in result.methods:
+        lines += [f"{found.name}: {note}" for note in found.notes]
+        if found.random_reductions:
+            draws = found.random_reductions
+            lines.append(
+                f"random: {len(draws)} draws of the chosen size changed the bias by {-max(draws):+.0%} to "
+                f"{-min(draws):+.0%}, mean {-sum(draws) / len(draws):+.0%}"
+            )
+    usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
+    return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
+
+
+def localise_table(result: LocaliseResult, count: int = 15) -> Table:
+    """The first units in the order of removal."""
+    table = Table(title=f"First units by {result.method}", box=box.SIMPLE_HEAD)
+    for heading in ("unit", "rank", *result.values):
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for row in result.top(count):
+        figures = (f"{row[name]:.4g}" for name in ("rank", *result.values))
+        table.add_row(f"{row['kind']} {row['layer']}.{row['index']}", *figures)
+    return table
+
+
+def methods_table() -> Table:
+    """The methods, one line each."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    table.add_column("what it does")
+    table.add_column("settings")
+    for name, kind in METHODS.items():
+        settings = sorted({*kind.scorer.model_fields, *kind.search.model_fields})
+        table.add_row(name, escape(kind.summary), ", ".join(settings))
+    return table
 
 
 def show_lines(directory: Path) -> list[str]:
@@ -155,7 +227,12 @@ def show_lines(directory: Path) -> list[str]:
     ------
     DataError: it holds no result that can be read.
     """
-    readers = {"result.json": result_lines, "audit.json": _audit_lines, "partial.json": _partial_lines}
+    readers = {
+        "result.json": result_lines,
+        "audit.json": _audit_lines,
+        "compare.json": _compare_lines,
+        "partial.json": _partial_lines,
+    }
     for place in (directory, directory.with_name(directory.name + PARTIAL_SUFFIX)):
         for name, reader in readers.items():
             file = place / name
@@ -174,7 +251,23 @@ def _audit_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _compare_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['model']}, suite {result['suite']}, limit {result['limit']:+.1%} perplexity; held out:"]
+    for found in result["methods"]:
+        if found["reduction"] is None:
+            lines.append(f"  {found['name']}: {found['status']}")
+        else:
+            lines.append(
+                f"  {found['name']}: {found['heads']} heads, {found['neurons']} neurons, reduction "
+                f"{_percent(found['reduction'])}, perplexity {_percent(found['perplexity_increase'], 2)}"
+            )
+    return lines
+
+
 def _partial_lines(state: dict[str, Any]) -> list[str]:
+    if "methods" in state:
+        done = ", ".join(found["name"] for found in state["methods"])
+        return [f"Interrupted comparison; finished: {done}. The same command carries on."]
     lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]
     for candidate in state["candidates"]:
         lines.append(

@@ -14,17 +14,19 @@ from secateur.models import LanguageModel
 from secateur.progress import Advance
 from secateur.scoring.base import Scorer, Scores
 from secateur.units import ActivationMeans, Mask, Unit, UnitSpace
+from secateur.weights import AnyMask, WeightMask
 
-CandidateKind = Literal["heads", "neurons", "both"]
+CandidateKind = Literal["heads", "neurons", "both", "weights"]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Units to remove, as flat positions, and the knobs that led to them."""
+    """Units to remove, as flat positions, and the knobs that led to them; or single weights instead."""
 
     kind: CandidateKind
     removed: np.ndarray
     knobs: dict[str, Any] = field(default_factory=dict)
+    weights: WeightMask | None = None
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,21 @@ class Problem:
 
     Attributes
     ----------
-    fit: folds of the fit prompts, each with the fit text.
+    fit: the fit prompts with the fit text.
+    folds: the same, the prompts dealt into folds of scenarios.
     step: opens a step of the run's progress.
     means: for mean ablation.
     scores: of the unpruned model, once they are known.
+    localise_tokens: tokens that were forwarded to make them.
     """
 
     model: LanguageModel
-    fit: list[Evaluator]
+    fit: Evaluator
+    folds: list[Evaluator]
     step: Callable[[str, int], AbstractContextManager[Advance]]
     means: ActivationMeans | None = None
     scores: Scores | None = None
+    localise_tokens: int = 0
 
     @property
     def space(self) -> UnitSpace:
@@ -71,13 +77,18 @@ class Problem:
     def mask(self, removed: Iterable[Unit | int]) -> Mask:
         return Mask.removing(self.model, removed, self.means)
 
-    def score(self, scorer: Scorer, mask: Mask | None = None, fold: int = 0) -> Any:
-        """Score the model as it is under a mask on one of the folds; keep the scores of the unpruned model."""
-        fit = self.fit[fold % len(self.fit)]
+    def mask_of(self, selection: Selection) -> AnyMask:
+        """The mask of what a search proposes, of units or of single weights."""
+        return self.mask(selection.removed) if selection.weights is None else selection.weights
+
+    def score(self, scorer: Scorer, mask: Mask | None = None, fold: int | None = None) -> Any:
+        """Score the model as it is under a mask, on all of fit or on one fold; keep those of the unpruned model."""
+        fit = self.fit if fold is None else self.folds[fold % len(self.folds)]
+        before = self.model.usage.copy()
         with self.step("Score every unit", scorer.work(fit)) as advance:
             scores = scorer.score(fit, mask, self.means, advance)
         if mask is None:
-            self.scores = scores
+            self.scores, self.localise_tokens = scores, self.model.usage.since(before).forward
         return scores
 
 

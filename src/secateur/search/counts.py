@@ -23,7 +23,13 @@ class Counts(Settings):
     head_start, neuron_start: the smallest counts of the range.
     factor: ratio of one count to the one before.
 
-    A range ends at half of the units of its kind, or after two counts in a row that break the utility limit.
+    A range ends at half of the units that are scored, or after two counts in a row that break the utility limit.
+    Where the ranges start and end is ours: few enough to do no harm, and more than any model can do without.
+
+    Raises
+    ------
+    SettingError: both counts are 0, or a count is larger than the number of units of its kind, or than
+        the number of those that the scorer scores, which only shows after scoring.
     """
 
     heads: Annotated[int | None, Field(ge=0)] = None
@@ -32,38 +38,43 @@ class Counts(Settings):
     neuron_start: Annotated[int, Field(ge=1)] = 16
     factor: Annotated[float, Field(gt=1)] = 4.0
 
+    def model_post_init(self, context: object) -> None:
+        if self.heads == 0 and self.neurons == 0:
+            raise SettingError("heads and neurons are both 0, so there would be no candidate.")
+
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Heads alone, then neurons alone, fewest first."""
         space = problem.space
-        limits: tuple[tuple[CandidateKind, int | None, int], ...] = (
-            ("heads", self.heads, space.n_heads),
-            ("neurons", self.neurons, space.n_neurons),
-        )
-        for kind, asked, largest in limits:
-            if asked is not None and asked > largest:
-                raise SettingError(f"The model has {largest:,} {kind}, so {asked:,} of them cannot be removed.")
+        _check_count("The model has", "heads", self.heads, space.n_heads)
+        _check_count("The model has", "neurons", self.neurons, space.n_neurons)
         ranking: Ranking = problem.score(scorer)
         order = ranking.order()
-        for kind, asked, _ in limits:
-            of_kind = order[order < space.n_heads] if kind == "heads" else order[order >= space.n_heads]
-            start = self.head_start if kind == "heads" else self.neuron_start
-            counts = geometric(start, len(of_kind) // 2, self.factor) if asked is None else [asked] if asked else []
-            over = 0
-            for count in counts:
-                outcome = yield Selection(kind, of_kind[:count], {"count": count})
-                over = 0 if outcome.within_limit else over + 1
-                if over == PATIENCE:
-                    break
+        heads, neurons = order[order < space.n_heads], order[order >= space.n_heads]
+        _check_count("This method scores", "heads", self.heads, len(heads))
+        _check_count("This method scores", "neurons", self.neurons, len(neurons))
+        yield from self._growing("heads", heads, self.heads, self.head_start)
+        yield from self._growing("neurons", neurons, self.neurons, self.neuron_start)
+
+    def _growing(self, kind: CandidateKind, order: np.ndarray, asked: int | None, start: int) -> Proposals:
+        """The first units of an order of one kind: as many as asked for, or more and more."""
+        counts = geometric(start, len(order) // 2, self.factor) if asked is None else [asked] if asked else []
+        over = 0
+        for count in counts:
+            outcome = yield Selection(kind, order[:count], {"count": count})
+            over = 0 if outcome.within_limit else over + 1
+            if over == PATIENCE:
+                return
+
+
+def _check_count(what: str, kind: CandidateKind, asked: int | None, available: int) -> None:
+    if asked is not None and asked > available:
+        raise SettingError(f"{what} {available:,} {kind}, so {asked:,} of them cannot be removed.")
 
 
 def geometric(start: int, largest: int, factor: float) -> list[int]:
-    """Whole counts from ``start`` up to ``largest``, each about ``factor`` times the one before."""
-    steps = np.arange(0, 64)
-    counts = np.unique(np.round(start * factor ** steps[: _steps(start, largest, factor)]).astype(int))
-    return [int(count) for count in counts if count <= largest]
-
-
-def _steps(start: int, largest: int, factor: float) -> int:
-    if largest < start:
-        return 0
-    return min(64, int(np.log(largest / start) / np.log(factor)) + 2)
+    """Whole counts from ``start`` up to ``largest``, each ``factor`` times the one before, but at least one more."""
+    counts, count = [], start
+    while count <= largest:
+        counts.append(count)
+        count = max(count + 1, round(min(count * factor, largest + 1)))
+    return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -26,6 +26,7 @@ STEP_SHARE = 0.8
 DAMAGE_SHARE = 0.5
 TOLERANCE = 5e-4
 MAX_TRIALS = 24
+MEASURED_ROUNDS = 3
 
 
 class Elimination(Settings):
@@ -35,11 +36,15 @@ class Elimination(Settings):
     ----------
     max_heads, max_neurons: the largest counts when heads or neurons are removed alone.
     rounds: of removing heads and neurons together.
+    memory: weight of the effects seen in the round before, that of the round itself being 1; earlier
+        rounds count by its powers. A round scores a few scenarios only, and what helps those alone
+        would otherwise be taken for what helps all.
     """
 
     max_heads: Annotated[int, Field(ge=0)] = 4
     max_neurons: Annotated[int, Field(ge=0)] = 64
     rounds: Annotated[int, Field(ge=0)] = 6
+    memory: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def model_post_init(self, context: object) -> None:
         if self.max_heads + self.max_neurons + self.rounds == 0:
@@ -47,7 +52,7 @@ class Elimination(Settings):
 
     def proposals(self, problem: Problem, scorer: Attribution) -> Proposals:
         """Heads alone and neurons alone from the largest count down, then the rounds."""
-        scores = problem.score(scorer)
+        scores = problem.score(scorer, fold=0)
         limits: tuple[tuple[CandidateKind, int], ...] = (("heads", self.max_heads), ("neurons", self.max_neurons))
         for kind, largest in limits:
             for selection in top_units(scores, problem.space, kind, geometric_counts(largest)):
@@ -57,14 +62,14 @@ class Elimination(Settings):
         yield from self._rounds(problem, scorer, scores)
 
     def _rounds(self, problem: Problem, scorer: Attribution, scores: Effects) -> Proposals:
-        """Propose what is removed after 1, 3, 7, ... rounds and at the end.
+        """Propose what is removed after every third round and at the end.
 
         Where it breaks the utility limit, the rounds before are proposed, the last first, until one keeps to it.
         """
         unseen: list[Selection] = []
         for number, removed in enumerate(self._path(problem, scorer, scores), start=1):
             unseen.append(Selection("both", removed, {"rounds": number}))
-            if number & (number + 1) == 0:
+            if number % MEASURED_ROUNDS == 0:
                 outcome = yield unseen[-1]
                 if not outcome.within_limit:
                     unseen.pop()
@@ -77,17 +82,19 @@ class Elimination(Settings):
 
     def _path(self, problem: Problem, scorer: Attribution, scores: Effects) -> Iterator[np.ndarray]:
         """Growing sets of removed units, one per round."""
-        text = problem.fit[0].text
+        text = problem.fit.text
         assert text is not None, "elimination needs neutral text"
         divergence = Divergence(problem.model, text)
         trial = Trial(scores.damage, lambda units: divergence.of(problem.mask(units)))
+        seen: Effects | None = None
         for number in range(self.rounds):
             mask = problem.mask(trial.removed)
             if number > 0:
                 scores = problem.score(scorer, mask, number)
-            table = problem.fit[number % len(problem.fit)].evaluate(mask).table
+            seen = scores if seen is None else blended(scores, seen, self.memory)
+            table = problem.folds[number % len(problem.folds)].evaluate(mask).table
             excluded = np.concatenate([trial.removed, trial.refused])
-            step = next_step(scores, problem.space, "both", excluded, disparity(table))
+            step = next_step(seen, problem.space, "both", excluded, disparity(table))
             before = len(trial.removed)
             with problem.step("Try the next units on neutral text", len(step)) as advance:
                 trial.remove(step, advance)
@@ -125,6 +132,14 @@ def top_units(scores: Effects, space: UnitSpace, kind: CandidateKind, counts: li
     for count in counts:
         if count <= len(order):
             yield Selection(kind, order[:count])
+
+
+def blended(now: Effects, before: Effects, memory: float) -> Effects:
+    """Effects as an exponential mean over rounds; errors add up, since all rounds share the markers."""
+    share = 1 / (1 + memory)
+    effect = share * now.effect + (1 - share) * before.effect
+    error = share * now.error + (1 - share) * before.error
+    return replace(now, effect=effect, error=error)
 
 
 def next_step(

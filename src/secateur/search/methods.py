@@ -13,8 +13,19 @@ from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.attribution import Attribution
 from secateur.scoring.base import Scorer, Settings
+from secateur.scoring.fairness_pruning import FairnessPruning
+from secateur.scoring.fasp import Fasp
+from secateur.scoring.gradient import Gradient
+from secateur.scoring.magnitude import Magnitude
+from secateur.scoring.name_attention import NameAttention
+from secateur.scoring.random import Random
+from secateur.scoring.wanda_difference import WandaDifference
 from secateur.search.base import Search
+from secateur.search.counts import Counts
+from secateur.search.difference import SetDifference
 from secateur.search.elimination import Elimination
+from secateur.search.percent_difference import PercentDifference
+from secateur.search.protected import Protected
 from secateur.suites import Suite
 
 DEFAULT_METHOD = "attribution"
@@ -32,6 +43,19 @@ class MethodKind:
 METHODS: dict[str, MethodKind] = {
     "attribution": MethodKind(
         Attribution, Elimination, "effect of every head and neuron per cost, from one backward pass; in rounds"
+    ),
+    "random": MethodKind(Random, Counts, "units in a random order: what every method must beat"),
+    "magnitude": MethodKind(Magnitude, Counts, "heads and neurons with the smallest weights first"),
+    "gradient": MethodKind(Gradient, Counts, "absolute gradient of bias (or of loss) in every unit's gate"),
+    "fairness-pruning": MethodKind(
+        FairnessPruning, Counts, "neurons whose activation differs between groups, weighed against importance"
+    ),
+    "wanda-difference": MethodKind(
+        WandaDifference, PercentDifference, "neurons or weights at the top for the minority's prompts alone"
+    ),
+    "fasp": MethodKind(Fasp, Protected, "heads without which bias is lowest, but for those that perplexity needs"),
+    "name-attention": MethodKind(
+        NameAttention, SetDifference, "heads that look back at the minority's names and not at the majority's"
     ),
 }
 

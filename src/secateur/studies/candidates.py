@@ -11,6 +11,7 @@ from secateur.measures.disparity import corrected_square, suite_bias
 from secateur.search.base import Outcome, Problem, Proposals, Selection
 from secateur.studies.record import Recorder
 from secateur.units import Mask
+from secateur.weights import AnyMask
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class CandidateRecord:
     perplexity_increase, perplexity_high: relative increase and the upper end of its 95 % interval.
     within_limit: whether the increase plus one standard error keeps to the limit, so that the limit
         is likely to hold on other text, too.
+    weights: single weights removed, where a method removes those instead of units.
     knobs: the settings of the search that led to it.
     """
 
@@ -35,6 +37,7 @@ class CandidateRecord:
     perplexity_increase: float
     perplexity_high: float
     within_limit: bool
+    weights: int = 0
     knobs: dict[str, Any] = field(default_factory=dict)
     chosen: bool = False
 
@@ -55,7 +58,7 @@ class Candidates:
     seed: int
     recorder: Recorder
     changed: Callable[[Candidates], None] = lambda _: None
-    measured: list[tuple[Mask, CandidateRecord]] = field(default_factory=list)
+    measured: list[tuple[AnyMask, CandidateRecord]] = field(default_factory=list)
 
     @property
     def records(self) -> list[CandidateRecord]:
@@ -75,8 +78,8 @@ class Candidates:
 
     def measure(self, problem: Problem, selection: Selection) -> CandidateRecord:
         """Measure one proposal."""
-        mask = problem.mask(selection.removed)
-        name = f"Candidate {len(self.measured) + 1}: {mask.heads_removed} heads, {mask.neurons_removed} neurons"
+        mask = problem.mask_of(selection)
+        name = f"Candidate {len(self.measured) + 1}: {mask.summary}"
         with self.recorder.step(name, self.select.work(utility=True)) as advance:
             table = self.select.evaluate(mask, advance, utility=True).table
         increase = self.select.perplexity_increase(mask, self.seed)
@@ -85,6 +88,7 @@ class Candidates:
             kind=selection.kind,
             heads=mask.heads_removed,
             neurons=mask.neurons_removed,
+            weights=mask.weights_removed,
             bias=bias.corrected,
             bias_square=corrected_square(table, self.seed),
             mean_abs_gap=bias.mean_abs_gap,
@@ -97,11 +101,11 @@ class Candidates:
         self.changed(self)
         return record
 
-    def choose(self) -> Mask | None:
+    def choose(self) -> AnyMask | None:
         """The candidate with the least bias within the limit, marked as chosen, if it is better than none."""
         before = corrected_square(self.select.evaluate().table, self.seed)
         passing = [
-            (record.bias_square, record.heads + record.neurons, number)
+            (record.bias_square, record.heads + record.neurons + record.weights, number)
             for number, record in enumerate(self.records)
             if record.within_limit and record.bias_square < before
         ]
@@ -113,8 +117,11 @@ class Candidates:
         return mask
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Plain data: every candidate with its removed units."""
-        return [{**asdict(record), "removed": mask.removed.tolist()} for mask, record in self.measured]
+        """Plain data: every candidate with its removed units; of single weights, their number only."""
+        return [
+            {**asdict(record), "removed": mask.removed.tolist() if isinstance(mask, Mask) else []}
+            for mask, record in self.measured
+        ]
 
 
 def why_nothing(candidates: list[CandidateRecord], limit: float) -> str:

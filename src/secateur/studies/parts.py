@@ -88,12 +88,13 @@ class StudySettings:
 class Parts:
     """Fit, select and test, tokenised and packed, with the text that goes with each, and the control suite.
 
-    Fit is dealt into folds of scenarios, each with all markers: scoring in rounds takes one fold
+    Fit is also dealt into folds of scenarios, each with all markers: scoring in rounds takes one fold
     after the other, which is faster and keeps any round from fitting its own prompts too well.
     """
 
     splits: Splits
-    fit: list[Evaluator]
+    fit: Evaluator
+    folds: list[Evaluator]
     select: Evaluator
     test: Evaluator
     control: Evaluator | None
@@ -117,7 +118,8 @@ class Parts:
         test = build_prompts(model, suite, splits.test, settings.chat)
         return cls(
             splits=splits,
-            fit=[evaluator(fold, text["fit"]) for fold in folds(fit)],
+            fit=evaluator(fit, text["fit"]),
+            folds=[evaluator(fold, text["fit"]) for fold in folds(fit)],
             select=evaluator(select, text["select"]),
             test=evaluator(test, text["test"], divergence=True),
             control=control,
@@ -125,13 +127,13 @@ class Parts:
 
     def problem(self, settings: StudySettings, recorder: Recorder) -> Problem:
         """What a search is given: the fit part and, for mean ablation, the means of its text."""
-        model, text = self.select.model, self.fit[0].text
+        model, text = self.select.model, self.fit.text
         means = None
         if settings.ablation == "mean":
             assert text is not None
             with recorder.step("Mean activations", len(text.windows)) as advance:
                 means = activation_means(model, text, advance)
-        return Problem(model, self.fit, recorder.step, means)
+        return Problem(model, self.fit, self.folds, recorder.step, means)
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.errors import MaskError
 from secateur.files import to_json, write_text
 from secateur.models import LanguageModel
-from secateur.units import Mask, masked
+from secateur.weights import AnyMask, WeightMask, load_mask
 
 PLAN_FORMAT = "secateur-plan-1"
 PLAN_FILE = "plan.json"
@@ -24,21 +24,21 @@ class Plan:
 
     Attributes
     ----------
-    mask: what is removed.
+    mask: what is removed: units, or single weights.
     record: plain data: model, suite and its hash, method, settings, splits, figures.
     """
 
-    mask: Mask
+    mask: AnyMask
     record: dict[str, Any]
 
     def applied(self, model: LanguageModel) -> AbstractContextManager[None]:
-        """Remove the plan's units from a live model while the context lasts.
+        """Remove the plan's units or weights from a live model while the context lasts.
 
         Raises
         ------
         MaskError: the plan was made for another model.
         """
-        return masked(model, self.mask)
+        return self.mask.applied(model)
 
     def save(self, directory: str | Path) -> None:
         """Write ``plan.json`` and ``mask.safetensors`` into a directory."""
@@ -50,10 +50,17 @@ class Plan:
             "mask": MASK_FILE,
             "fingerprint": self.mask.fingerprint,
             "ablation": self.mask.ablation,
-            "units": [f"{unit.kind} {unit.layer}.{unit.index}" for unit in self.mask.units],
+            **_removed(self.mask),
             **self.record,
         }
         write_text(directory / PLAN_FILE, to_json(content))
+
+
+def _removed(mask: AnyMask) -> dict[str, Any]:
+    """What a mask removes, for people: its units one by one, or the number of weights of every module."""
+    if isinstance(mask, WeightMask):
+        return {"weights": mask.counts}
+    return {"units": [f"{unit.kind} {unit.layer}.{unit.index}" for unit in mask.units]}
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -76,6 +83,6 @@ def load_plan(path: str | Path) -> Plan:
     mask_name = str(record["mask"])
     if Path(mask_name).name != mask_name:
         raise MaskError(f"The plan '{file}' names a mask outside its own directory.")
-    for key in ("format", "mask", "fingerprint", "ablation", "units"):
+    for key in ("format", "mask", "fingerprint", "ablation", "units", "weights"):
         record.pop(key, None)
-    return Plan(Mask.load(file.parent / mask_name), record)
+    return Plan(load_mask(file.parent / mask_name), record)

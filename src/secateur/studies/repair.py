@@ -20,7 +20,8 @@ from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
 from secateur.suites import Suite, suite_hash
-from secateur.units import Mask
+from secateur.units import UnitSpace
+from secateur.weights import AnyMask
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class RepairResult:
 
     Attributes
     ----------
-    mask: the chosen mask, or None where no candidate passed.
+    mask: the chosen mask, or None where no candidate passed. space: the units of the model.
     verdict: "verified" or "not verified"; explanation: why, in words.
     comparison: bias on test before and after. random: the same for random masks of the same size.
     control: the same for the control suite.
@@ -63,7 +64,8 @@ class RepairResult:
     model: str
     suite: Suite
     limit: float
-    mask: Mask | None
+    mask: AnyMask | None
+    space: UnitSpace
     verdict: Verdict
     explanation: str
     candidates: list[CandidateRecord]
@@ -115,8 +117,9 @@ class RepairResult:
             "units": {
                 "heads": mask.heads_removed,
                 "neurons": mask.neurons_removed,
-                "heads_total": mask.space.n_heads,
-                "neurons_total": mask.space.n_neurons,
+                "weights": mask.weights_removed,
+                "heads_total": self.space.n_heads,
+                "neurons_total": self.space.n_neurons,
             },
             "test": {
                 "bias_before": self.comparison.before.as_dict(),
@@ -189,6 +192,7 @@ def repair(
             method=settings.method,
             limit=settings.max_perplexity_increase,
             mask=mask,
+            space=problem.space,
             verdict=verdict,
             explanation=explanation,
             candidates=candidates.records,
@@ -200,7 +204,7 @@ def repair(
     if mask is None:
         return result(NOT_VERIFIED, why_nothing(candidates.records, settings.max_perplexity_increase))
     found = examine(parts, mask, settings.seed, recorder)
-    random = examine_random(parts, problem, mask, settings.random_draws, settings.seed, recorder)
+    random = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
     verdict, explanation = judge(found.comparison, found.perplexity_increase, random, settings.max_perplexity_increase)
     return result(
         verdict,

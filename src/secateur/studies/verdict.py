@@ -8,10 +8,9 @@ from typing import Literal
 import numpy as np
 
 from secateur.measures.disparity import Comparison, Interval, Table, compare
-from secateur.search.base import Problem
 from secateur.studies.parts import Parts
 from secateur.studies.record import Recorder
-from secateur.units import Mask
+from secateur.weights import AnyMask
 
 Verdict = Literal["verified", "not verified"]
 VERIFIED: Verdict = "verified"
@@ -39,7 +38,7 @@ class Examination:
     kl: float
 
 
-def examine(parts: Parts, mask: Mask, seed: int, recorder: Recorder) -> Examination:
+def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Examination:
     """Read the test part and the control suite for a mask."""
     test = parts.test
     with recorder.step("Test: before", test.work(utility=True)) as advance:
@@ -65,26 +64,16 @@ def examine(parts: Parts, mask: Mask, seed: int, recorder: Recorder) -> Examinat
     )
 
 
-def examine_random(
-    parts: Parts, problem: Problem, mask: Mask, draws: int, seed: int, recorder: Recorder
-) -> list[Comparison]:
-    """The bias on test under masks that remove as many heads and neurons, drawn at random."""
+def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder: Recorder) -> list[Comparison]:
+    """The bias on test under masks of the same size, drawn at random."""
     rng = np.random.default_rng(seed + 1)
     before = parts.test.evaluate().table
     comparisons = []
     with recorder.step("Test: random masks of the same size", draws * parts.test.work()) as advance:
         for _ in range(draws):
-            after = parts.test.evaluate(problem.mask(random_units(mask, rng)), advance).table
+            after = parts.test.evaluate(mask.random_like(rng), advance).table
             comparisons.append(compare(before, after, seed))
     return comparisons
-
-
-def random_units(mask: Mask, rng: np.random.Generator) -> np.ndarray:
-    """Flat positions of as many heads and neurons as a mask removes, drawn at random."""
-    space = mask.space
-    heads = rng.choice(space.n_heads, size=mask.heads_removed, replace=False)
-    neurons = space.n_heads + rng.choice(space.n_neurons, size=mask.neurons_removed, replace=False)
-    return np.concatenate([heads, neurons])
 
 
 def judge(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> tuple[Verdict, str]:

@@ -1,8 +1,8 @@
-"""``hf``: a plain Hugging Face directory with the same shapes, removed units zeroed.
+"""``hf``: a plain Hugging Face directory with the same shapes, removed units or weights zeroed.
 
 A unit contributes to the residual stream only through its columns of an output projection, so
 zeroing those columns removes it exactly. With mean ablation its constant contribution moves into the
-projection's bias.
+projection's bias. Single weights are zeroed where they stand.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
 from secateur.units import Mask
+from secateur.weights import AnyMask, WeightMask
 
 
-def write_checkpoint(model: LanguageModel, mask: Mask, directory: str | Path) -> None:
+def write_checkpoint(model: LanguageModel, mask: AnyMask, directory: str | Path) -> None:
     """Write the masked model so that transformers loads it without Secateur.
 
     The live model is left as it is.
@@ -28,6 +29,10 @@ def write_checkpoint(model: LanguageModel, mask: Mask, directory: str | Path) ->
     MaskError: the mask is for another model, or uses mean ablation in a family whose
         checkpoints have no bias to carry the means.
     """
+    if isinstance(mask, WeightMask):
+        with mask.applied(model):
+            _save(model, dict(model.model.state_dict()), set(), directory)
+        return
     mask.check(model)
     state = dict(model.model.state_dict())
     switches: set[str] = set()

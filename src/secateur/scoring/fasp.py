@@ -1,0 +1,288 @@
+"""``fasp``: bias and perplexity with every head alone removed (Zayed et al., AAAI 2024).
+
+For head h, b_h is the bias and p_h the perplexity of the model without h, each the mean over a few seeds. The
+paper takes b from a toxicity classifier on sampled continuations of HolisticBias prompts, and a seed
+draws the samples. What is ours:
+
+- bias is D, the root mean square SMD of the suite (:func:`secateur.scoring.attribution.disparity`),
+  which needs no sampling; a seed draws markers and windows of text instead;
+- perplexity counts by its logarithm: the order within a seed is the same, but one seed in which a
+  single head raises it a thousandfold does not decide the mean.
+
+Removing a head of layer l leaves all layers before l as they were, so every pass begins at layer l: on
+average half of the blocks are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.answers import batch_y, pack
+from secateur.measures.disparity import Table
+from secateur.measures.prompts import PromptSet
+from secateur.measures.utility import NeutralText, window_losses
+from secateur.models import LanguageModel
+from secateur.models.restart import recorded, restarted
+from secateur.progress import Advance
+from secateur.scoring.attribution import disparity
+from secateur.scoring.base import Settings
+from secateur.suites import Suite
+from secateur.units import ActivationMeans, Mask, UnitSpace, masked
+
+DRAW_MARKERS = 8
+# Below this more than half of what is seen between heads is chance.
+FAIR_RELIABILITY = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRemovals:
+    """What the model does with each head alone removed.
+
+    Attributes
+    ----------
+    bias: (seeds, units), D without the unit; NaN for neurons.
+    log_perplexity: (seeds, units), nats per token without the unit; NaN for neurons.
+    unpruned_bias, unpruned_log_perplexity: (seeds,), with nothing removed.
+    """
+
+    bias: np.ndarray
+    log_perplexity: np.ndarray
+    unpruned_bias: np.ndarray
+    unpruned_log_perplexity: np.ndarray
+
+    @property
+    def mean_bias(self) -> np.ndarray:
+        """(units,), mean over seeds."""
+        return np.asarray(self.bias.mean(axis=0))
+
+    @property
+    def mean_log_perplexity(self) -> np.ndarray:
+        """(units,), mean over seeds."""
+        return np.asarray(self.log_perplexity.mean(axis=0))
+
+    @property
+    def rank(self) -> np.ndarray:
+        """(units,), the lower the bias without a head, the higher; NaN for neurons."""
+        return -self.mean_bias
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """Means over seeds, their differences from the unpruned model, and what every seed found, each (units,)."""
+        found = {
+            "bias": self.mean_bias,
+            "log_perplexity": self.mean_log_perplexity,
+            "bias_change": self.mean_bias - self.unpruned_bias.mean(),
+            "log_perplexity_change": self.mean_log_perplexity - self.unpruned_log_perplexity.mean(),
+        }
+        for seed in range(len(self.bias)):
+            found[f"bias_{seed}"] = self.bias[seed]
+            found[f"log_perplexity_{seed}"] = self.log_perplexity[seed]
+        return found
+
+    @property
+    def bias_reliability(self) -> float:
+        """Of :attr:`mean_bias`, see :func:`reliability`."""
+        return reliability(self.bias)
+
+    @property
+    def log_perplexity_reliability(self) -> float:
+        """Of :attr:`mean_log_perplexity`, see :func:`reliability`."""
+        return reliability(self.log_perplexity)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before the scores are believed."""
+        seeds = len(self.bias)
+        notes = [
+            _reliability_note("bias", "markers", self.bias_reliability, seeds),
+            _reliability_note("log-perplexity", "windows", self.log_perplexity_reliability, seeds),
+        ]
+        if self.bias_reliability < FAIR_RELIABILITY:
+            notes.append("The differences in bias are more chance than not; raise seeds or markers to steady them.")
+        return notes
+
+
+def _reliability_note(what: str, drawn: str, value: float, seeds: int) -> str:
+    if np.isfinite(value):
+        return (
+            f"The {what} without each head, as the mean over {seeds} draws, has a reliability of {value:.2f} "
+            "(the share of the differences between heads that is not chance)."
+        )
+    if seeds == 1:
+        return f"The reliability of the {what} without each head is not known from one seed."
+    return f"The reliability of the {what} without each head is not known, since two draws are alike; lower {drawn}."
+
+
+class Fasp(Settings):
+    """Bias and log-perplexity with each head alone removed, on a few draws of the fit part.
+
+    Attributes
+    ----------
+    seeds: draws that the scores are averaged over; 3, as in the published scores.
+    markers: markers of each group in one draw, all if it has fewer. None stands for 8, but for no more than
+        half of a group (at least 2), so that draws differ and their agreement tells something.
+        All scenarios and paraphrases of the fit part are kept. Ours.
+    windows: windows of the neutral text in one draw, all if it has fewer. Ours.
+
+    Draws that turn out equal are measured once.
+    """
+
+    seeds: Annotated[int, Field(ge=1)] = 3
+    markers: Annotated[int | None, Field(ge=2)] = None
+    windows: Annotated[int, Field(ge=1)] = 4
+
+    def check(self, model: LanguageModel, suite: Suite) -> None:
+        """Every supported model and every suite will do."""
+
+    def work(self, fit: Evaluator) -> int:
+        """Prompts and windows of all different draws, for every head and for the unpruned model."""
+        asked = len(fit.prompts) / len(fit.prompts.markers) * sum(map(len, set(self._marker_draws(fit))))
+        read = sum(map(len, set(self._window_draws(fit))))
+        return (round(asked) + read) * (1 + UnitSpace.of(fit.model).n_heads)
+
+    @torch.no_grad()
+    def score(
+        self,
+        fit: Evaluator,
+        mask: Mask | None = None,
+        means: ActivationMeans | None = None,
+        advance: Advance = lambda _: None,
+    ) -> HeadRemovals:
+        """Remove each head of the model as it is under ``mask``.
+
+        Parameters
+        ----------
+        means: for mean ablation: what a removed head gives instead of zero.
+        """
+        model = fit.model
+        marker_draws, window_draws = self._marker_draws(fit), self._window_draws(fit)
+        with masked(model, mask):
+            bias = {
+                draw: biases(model, of_markers(fit.prompts, draw), fit.batch_size, means, advance)
+                for draw in dict.fromkeys(marker_draws)
+            }
+            loss = {
+                draw: log_perplexities(model, _windows(fit, draw), means, advance)
+                for draw in dict.fromkeys(window_draws)
+            }
+        by_seed = np.stack([bias[draw] for draw in marker_draws]), np.stack([loss[draw] for draw in window_draws])
+        neurons = np.full((self.seeds, UnitSpace.of(model).n_neurons), np.nan)
+        # Row 0 of each result is the unpruned model; the heads come first in the flat order of units.
+        after = [np.concatenate([found[:, 1:], neurons], axis=1) for found in by_seed]
+        return HeadRemovals(*after, *(found[:, 0] for found in by_seed))
+
+    def _marker_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
+        """Per seed, the flat positions of the drawn markers, ascending."""
+        markers, groups = np.array(fit.prompts.markers), fit.prompts.groups
+
+        def draw(seed: int) -> tuple[int, ...]:
+            rng = np.random.default_rng(seed)
+            chosen: list[int] = []
+            for group in np.unique(groups):
+                members = markers[groups == group]
+                half = max(2, (len(members) + 1) // 2)
+                size = self.markers if self.markers is not None else min(DRAW_MARKERS, half)
+                chosen += rng.permutation(members)[:size].tolist()
+            return tuple(sorted(chosen))
+
+        return [draw(seed) for seed in range(self.seeds)]
+
+    def _window_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
+        """Per seed, the numbers of the drawn windows, ascending."""
+        assert fit.text is not None, "fasp needs neutral text"
+        count = len(fit.text.windows)
+        return [
+            tuple(sorted(np.random.default_rng(seed).permutation(count)[: self.windows].tolist()))
+            for seed in range(self.seeds)
+        ]
+
+
+def of_markers(prompts: PromptSet, markers: tuple[int, ...]) -> PromptSet:
+    """The prompts of some markers only, given by flat position, ascending."""
+    kept = tuple(prompt for prompt in prompts.prompts if prompt.marker in markers)
+    inside = np.isin(prompts.markers, markers)
+    return PromptSet(prompts.suite, kept, markers, prompts.groups[inside])
+
+
+def _windows(fit: Evaluator, numbers: tuple[int, ...]) -> NeutralText:
+    assert fit.text is not None
+    return NeutralText(tuple(fit.text.windows[n] for n in numbers), fit.text.window, fit.text.stride)
+
+
+def biases(
+    model: LanguageModel, prompts: PromptSet, batch_size: int, means: ActivationMeans | None, advance: Advance
+) -> np.ndarray:
+    """D of the model as it is, then without each head, (1 + heads,)."""
+    parts = []
+    for batch in pack(model, prompts, batch_size):
+        parts.append(without_each_head(model, partial(batch_y, model, prompts.suite, batch), means, advance))
+    y = np.concatenate(parts, axis=1)  # (1 + heads, prompts)
+    return np.array([disparity(Table(prompts.table(row), prompts.groups)) for row in y])
+
+
+def log_perplexities(
+    model: LanguageModel, text: NeutralText, means: ActivationMeans | None, advance: Advance
+) -> np.ndarray:
+    """Mean negative log-likelihood, nats per token, of the model as it is, then without each head, (1 + heads,)."""
+    total = np.zeros(1 + UnitSpace.of(model).n_heads)
+    for numbers in text.batches():
+        windows = [text.windows[n] for n in numbers]
+        losses = without_each_head(model, partial(window_losses, model, windows), means, advance)
+        total += losses.sum(axis=1)
+    return np.asarray(total / text.scored.sum())
+
+
+def without_each_head(
+    model: LanguageModel, run: Callable[[], Tensor], means: ActivationMeans | None, advance: Advance
+) -> np.ndarray:
+    """What one forward pass gives, (n,), for the model as it is and without each head: (1 + heads, n).
+
+    Parameters
+    ----------
+    run: makes one pass, always of the same inputs.
+    advance: told of n steps for each of the rows.
+    """
+    space = UnitSpace.of(model)
+    rows: list[Tensor] = []
+
+    def note() -> None:
+        rows.append(run().cpu())
+        advance(len(rows[-1]))
+
+    with recorded(model) as entries:
+        note()
+    for layer in range(space.n_layers):
+        with restarted(model, layer, entries):
+            for head in range(space.n_heads)[space.head_slice(layer)]:
+                with masked(model, Mask.removing(model, [head], means)):
+                    note()
+    return torch.stack(rows).numpy().astype(float)
+
+
+def reliability(by_seed: np.ndarray) -> float:
+    """Reliability of the mean over seeds, from scores (seeds, units) with NaN for units that have none.
+
+    With r the mean correlation over units between two seeds, k r / (1 + (k - 1) r) for k seeds (Spearman
+    and Brown); an r below 0 counts as 0. NaN where it cannot be told: one seed, two seeds
+    with the same scores (drawn alike), or a seed in which all units score the same.
+
+    Draws from few markers overlap, so for markers never seen it is somewhat lower. A few heads that stand far
+    out can carry it while the order of the others is chance: the paper's scores for gender have .06 (Llama 2) to
+    .90 (GPT-Neo 125M), and .03 to .70 where ranks take the place of scores.
+    """
+    scores = by_seed[:, ~np.isnan(by_seed).any(axis=0)]
+    k = len(scores)
+    if k < 2 or len(np.unique(scores, axis=0)) < k or (np.ptp(scores, axis=1) == 0).any():
+        return float("nan")
+    r = max(0.0, float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in combinations(scores, 2)])))
+    return k * r / (1 + (k - 1) * r)

@@ -1,0 +1,82 @@
+"""``SetDifference``: the heads that stand out under the minority and not under the majority."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from secateur.errors import SettingError
+from secateur.scoring.base import Ranking, Scorer, Settings
+from secateur.search.base import Problem, Proposals, Selection
+
+TOPS = (5, 10, 20, 40)
+EXCLUDED = (40, 20, 5)
+
+
+class SetDifference(Settings):
+    """Remove the ``top`` heads under the minority but for the ``exclude`` heads under the majority.
+
+    Attributes
+    ----------
+    top: how many heads stand out under the minority; None tries 5, 10, 20 and 40.
+    exclude: how many heads stand out under the majority; None tries 40, 20 and 5.
+
+    The published counts are 40 and 5. A suite whose groups are read alike leaves few heads where much is
+    excluded and almost ``top`` where little is; so a short grid, ours, begins with the
+    heads that are most the minority's own. For every ``exclude``, ``top`` grows until a proposal breaks the
+    utility limit. Counts of the grid above half of the heads become half of them.
+    """
+
+    top: Annotated[int | None, Field(ge=1)] = None
+    exclude: Annotated[int | None, Field(ge=0)] = None
+
+    def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
+        """Every pair in turn; equal masks are proposed once.
+
+        Raises
+        ------
+        SettingError: more heads are asked for than the model has.
+        """
+        heads = problem.space.n_heads
+        for name, asked in (("top", self.top), ("exclude", self.exclude)):
+            if asked is not None and asked > heads:
+                raise SettingError(f"The model has {heads:,} heads, so '{name}' cannot be {asked:,}; lower it.")
+        values = problem.score(scorer).values
+        within: dict[tuple[int, ...], bool] = {}
+        over: int | None = None  # the exclude whose last proposal broke the limit
+        for exclude, top in product(_counts(self.exclude, EXCLUDED, heads), _counts(self.top, TOPS, heads)):
+            if exclude == over:
+                continue
+            removed = set_difference(values["minority"], values["majority"], top, exclude)
+            key = tuple(sorted(removed.tolist()))
+            if key and key not in within:
+                outcome = yield Selection("heads", removed, {"top": top, "exclude": exclude})
+                within[key] = outcome.within_limit
+            if not within.get(key, True):
+                over = exclude
+
+
+def _counts(asked: int | None, grid: tuple[int, ...], heads: int) -> list[int]:
+    if asked is not None:
+        return [asked]
+    return list(dict.fromkeys(min(count, max(1, heads // 2)) for count in grid))
+
+
+def set_difference(minority: np.ndarray, majority: np.ndarray, top: int, exclude: int) -> np.ndarray:
+    """Flat positions of the ``top`` units under the minority that are not among the ``exclude`` under the majority.
+
+    Parameters
+    ----------
+    minority, majority: (units,), the higher, the more a unit stands out; NaN for units that are not scored.
+        Ties go to the lower position.
+    top, exclude: counts; those above the number of scored units mean all.
+
+    Returns
+    -------
+    positions, those that stand out most under the minority first.
+    """
+    first = Ranking(minority, {}).order()[:top]
+    return np.asarray(first[~np.isin(first, Ranking(majority, {}).order()[:exclude])])

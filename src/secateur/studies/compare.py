@@ -1,0 +1,265 @@
+"""``compare``: every method on the same model, data and utility limit; chosen on select, judged once on test."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from secateur.errors import SettingError
+from secateur.measures.disparity import Comparison, Interval
+from secateur.models import LanguageModel
+from secateur.progress import Progress
+from secateur.search.base import Problem
+from secateur.search.methods import METHODS, Method, method
+from secateur.studies.candidates import CandidateRecord, Candidates
+from secateur.studies.parts import Parts, StudySettings
+from secateur.studies.record import Recorder
+from secateur.studies.verdict import examine, examine_random
+from secateur.suites import Suite, suite_hash
+
+Status = Literal["chosen", "over the limit", "no reduction"]
+RANDOM = "random"
+QUICK_MARKERS = 6
+QUICK_TOKENS = 1536
+QUICK_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class CompareSettings(StudySettings):
+    """What a comparison can be told, besides what every study can.
+
+    Attributes
+    ----------
+    methods: names of the methods; none for all.
+    options: settings by method, such as ``{"fasp": {"seeds": 5}}``; what is not set is chosen on select.
+    random_draws: masks of the size that ``random`` chooses, to show their spread on test.
+    """
+
+    methods: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    random_draws: int = 20
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.methods or tuple(METHODS)
+
+    def check(self) -> None:
+        super().check()
+        self.check_least("random_draws", 1)
+        if len(set(self.names)) < len(self.names):
+            raise SettingError("A method is named twice.")
+        for name in {*self.options} - {*self.names}:
+            raise SettingError(f"There are settings for the method '{name}', which is not compared.")
+        for name in self.names:
+            method(name, self.options.get(name))
+
+    def quick(self) -> CompareSettings:
+        """The same on a small part of fit, select and text: minutes, wider intervals."""
+        return replace(
+            self,
+            max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
+            utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
+            random_draws=min(self.random_draws, QUICK_DRAWS),
+        )
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method reached.
+
+    Attributes
+    ----------
+    status: whether a mask was chosen, every setting broke the limit, or none lowered the bias on select.
+    heads, neurons, weights: units removed, or single weights.
+    bias_before, bias_after, reduction, perplexity_increase, control_change: on test, None without a mask.
+    random_reductions: for the method ``random``, the reduction under every draw.
+    candidates: every mask that was measured on select.
+    localise_tokens: tokens forwarded to score the units. tokens_forward, tokens_backward, seconds: in all.
+    notes: what the method has to say about its scores.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    status: Status
+    candidates: list[CandidateRecord]
+    localise_tokens: int
+    tokens_forward: int
+    tokens_backward: int
+    seconds: float
+    heads: int = 0
+    neurons: int = 0
+    weights: int = 0
+    knobs: dict[str, Any] = field(default_factory=dict)
+    bias_before: Interval | None = None
+    bias_after: Interval | None = None
+    reduction: Interval | None = None
+    perplexity_increase: Interval | None = None
+    control_change: Interval | None = None
+    random_reductions: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MethodResult:
+        """The inverse of ``dataclasses.asdict``: what a resumed run reads back."""
+        intervals = ("bias_before", "bias_after", "reduction", "perplexity_increase", "control_change")
+        read = {key: Interval(**fields[key]) for key in intervals if fields.get(key) is not None}
+        candidates = [CandidateRecord(**record) for record in fields["candidates"]]
+        return cls(**{**fields, **read, "candidates": candidates})
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """One line per method.
+
+    Attributes
+    ----------
+    methods: in the order of the held-out reduction, the largest first.
+    limit: the utility limit.
+    control_suite: the non-demographic suite, or None.
+    run: versions, seed, data hashes, cost.
+    """
+
+    model: str
+    suite: Suite
+    limit: float
+    control_suite: str | None
+    methods: list[MethodResult]
+    run: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``compare.json``."""
+        return {
+            "model": self.model,
+            "suite": self.suite.name,
+            "limit": self.limit,
+            "control_suite": self.control_suite,
+            "methods": [asdict(found) for found in self.methods],
+            "run": self.run,
+        }
+
+    def csv(self) -> str:
+        """The table as comma-separated values, one line per method."""
+        rows = [_flat(found) for found in self.methods]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def _flat(found: MethodResult) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "method": found.name,
+        "status": found.status,
+        "heads": found.heads,
+        "neurons": found.neurons,
+        "weights": found.weights,
+        "knobs": " ".join(f"{key}={value}" for key, value in found.knobs.items()),
+    }
+    for name in ("bias_before", "bias_after", "reduction", "perplexity_increase", "control_change"):
+        interval: Interval | None = getattr(found, name)
+        for end in ("value", "low", "high"):
+            row[f"{name}_{end}"] = "" if interval is None else getattr(interval, end)
+    return {
+        **row,
+        "candidates": len(found.candidates),
+        "localise_tokens": found.localise_tokens,
+        "tokens_forward": found.tokens_forward,
+        "tokens_backward": found.tokens_backward,
+        "seconds": found.seconds,
+    }
+
+
+Remembered = dict[str, MethodResult]
+
+
+def compare(
+    model: LanguageModel,
+    suite: Suite,
+    settings: CompareSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    remembered: Remembered | None = None,
+    remember: Callable[[MethodResult], None] = lambda _: None,
+) -> CompareResult:
+    """Run every method on the same parts under the same limit.
+
+    Parameters
+    ----------
+    remembered: results of an interrupted run on the same model, suite and settings; not made again.
+    remember: called with every result as soon as it is there.
+    """
+    settings = settings or CompareSettings()
+    settings.check()
+    methods = [method(name, settings.options.get(name)) for name in settings.names]
+    for chosen in methods:
+        chosen.check(model, suite)
+    progress = progress or Progress()
+    recorder = Recorder(model, progress)
+    parts = Parts.prepare(model, suite, settings)
+    shared = parts.problem(settings, recorder)
+    found: list[MethodResult] = []
+    for number, chosen in enumerate(methods, start=1):
+        progress.say(f"Method {number} of {len(methods)}: {chosen.name}")
+        known = (remembered or {}).get(chosen.name)
+        if known is None:
+            known = _run(parts, replace(shared, scores=None), chosen, settings, progress)
+            remember(known)
+        found.append(known)
+    told = {**settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
+    return CompareResult(
+        model=model.source,
+        suite=suite,
+        limit=settings.max_perplexity_increase,
+        control_suite=settings.control_suite,
+        methods=sorted(found, key=lambda one: -np.inf if one.reduction is None else one.reduction.value, reverse=True),
+        run={**recorder.describe(told), "splits": parts.splits.describe(suite)},
+    )
+
+
+def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettings, progress: Progress) -> MethodResult:
+    """One method: score, propose, choose on select, judge on test."""
+    recorder = Recorder(problem.model, progress)
+    problem = replace(problem, step=recorder.step)
+    candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder)
+    candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+    mask = candidates.choose()
+    figures: dict[str, Any] = {}
+    status: Status = "chosen"
+    if mask is None:
+        inside = any(record.within_limit for record in candidates.records)
+        status = "no reduction" if inside or not candidates.records else "over the limit"
+    else:
+        test = examine(parts, mask, settings.seed, recorder)
+        draws: list[Comparison] = []
+        if chosen.name == RANDOM:
+            draws = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
+        figures = {
+            "heads": mask.heads_removed,
+            "neurons": mask.neurons_removed,
+            "weights": mask.weights_removed,
+            "knobs": next(record.knobs for record in candidates.records if record.chosen),
+            "bias_before": test.comparison.before,
+            "bias_after": test.comparison.after,
+            "reduction": test.comparison.reduction,
+            "perplexity_increase": test.perplexity_increase,
+            "control_change": None if test.control is None else test.control.change,
+            "random_reductions": [draw.reduction.value for draw in draws],
+        }
+    return MethodResult(
+        name=chosen.name,
+        settings=chosen.settings,
+        status=status,
+        candidates=candidates.records,
+        localise_tokens=problem.localise_tokens,
+        tokens_forward=recorder.usage.forward,
+        tokens_backward=recorder.usage.backward,
+        seconds=recorder.seconds,
+        notes=list(getattr(problem.scores, "notes", [])),
+        **figures,
+    )

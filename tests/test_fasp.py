@@ -1,0 +1,309 @@
+"""Removing heads one by one against plain masked measurements, and the selection on the published scores."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scoring import SUITE, fit_of, means_of, model_of, prompts_of, some_mask, text_of
+from tiny import HEADS, LAYERS, NAMES, prompts, tiny_model
+
+from secateur.errors import SettingError
+from secateur.evaluation import Evaluator
+from secateur.measures.disparity import Table
+from secateur.models.restart import recorded, restarted
+from secateur.scoring.attribution import disparity
+from secateur.scoring.fasp import Fasp, HeadRemovals, of_markers, reliability
+from secateur.search.base import Outcome
+from secateur.search.protected import Protected, protected_selection
+from secateur.units import Mask, masked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fasp-reference"
+ALL = Fasp(seeds=1, markers=3, windows=50)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_restarted_pass_equals_the_whole_pass(name: str) -> None:
+    model = tiny_model(name)
+    ids = prompts(model)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+
+    def run() -> torch.Tensor:
+        return model.hidden(ids, None, mask)[mask == 1]
+
+    with recorded(model) as entries:
+        before = run()
+    for head in range(LAYERS * HEADS):
+        removed = Mask.removing(model, [head])
+        with masked(model, removed):
+            expected = run()
+        with restarted(model, head // HEADS, entries), masked(model, removed):
+            found = run()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (found - before).abs().max() > 1e-3, "a head that changes nothing tests nothing"
+    torch.testing.assert_close(run(), before, rtol=0, atol=0)
+
+
+def test_a_restarted_pass_runs_the_later_blocks_alone_and_counts_its_share() -> None:
+    model, calls = tiny_model(), []
+    ids = prompts(model)
+    with recorded(model) as entries:
+        model.hidden(ids, None, None)
+    handles = [m.register_forward_hook(lambda m, *_: calls.append(m)) for m in model.attention_outputs]
+    before = model.usage.forward
+    with restarted(model, 1, entries):
+        model.hidden(ids, None, None)
+    assert calls == model.attention_outputs[1:]
+    assert model.usage.forward - before == ids.numel() * (LAYERS - 1) // LAYERS
+    for handle in handles:
+        handle.remove()
+
+
+def test_the_model_is_restored_after_an_error() -> None:
+    model = tiny_model()
+    forwards = [block.forward for block in model.blocks]
+    with recorded(model) as entries:
+        model.hidden(prompts(model), None, None)
+    with pytest.raises(RuntimeError), restarted(model, 1, entries):
+        raise RuntimeError
+    assert [block.forward for block in model.blocks] == forwards
+    assert not any("forward" in block.__dict__ for block in model.blocks)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.model.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_equal_plain_measurements_without_each_head(name: str) -> None:
+    check_against_plain(name, None, False)
+
+
+@pytest.mark.parametrize(("pruned", "mean"), [(True, False), (False, True), (True, True)])
+def test_scores_of_pruned_models_and_mean_ablation(pruned: bool, mean: bool) -> None:
+    check_against_plain("llama", some_mask(model_of(), means_of() if mean else None) if pruned else None, mean)
+
+
+def check_against_plain(name: str, mask: Mask | None, mean: bool) -> None:
+    fit = fit_of(name, batch_size=7)
+    model, means = fit.model, means_of(name) if mean else None
+    scores = ALL.score(fit, mask, means)
+    plain = Evaluator(model, prompts_of(name), text_of(name))
+
+    def check(removed: Mask | None, bias: float, loss: float) -> None:
+        measured = plain.evaluate(removed, utility=True)
+        assert bias == pytest.approx(disparity(measured.table), rel=2e-3, abs=1e-4)
+        assert loss == pytest.approx(np.log(plain.perplexity(removed)), abs=1e-4)
+
+    check(mask, scores.unpruned_bias[0], scores.unpruned_log_perplexity[0])
+    for head in range(LAYERS * HEADS):
+        alone = Mask.removing(model, [head], means)
+        check(alone if mask is None else alone & mask, scores.mean_bias[head], scores.mean_log_perplexity[head])
+    assert np.isnan(scores.rank[LAYERS * HEADS :]).all()
+    assert not np.isnan(scores.rank[: LAYERS * HEADS]).any()
+
+
+def test_each_seed_measures_its_own_draw() -> None:
+    fit, scorer = fit_of(), Fasp(seeds=3, markers=2, windows=2)
+    scores = scorer.score(fit)
+    for seed, (markers, windows) in enumerate(zip(scorer._marker_draws(fit), scorer._window_draws(fit), strict=True)):
+        assert [sum(m // 3 == group for m in markers) for group in range(3)] == [2, 2, 2]
+        part = of_markers(fit.prompts, markers)
+        assert part.scenarios == fit.prompts.scenarios
+        assert len(part) == len(fit.prompts) * 2 // 3
+        y = fit.evaluate().table.y[:, np.array(markers)]
+        groups = np.array([marker // 3 for marker in markers])
+        expected = disparity(Table(y, groups))
+        assert scores.unpruned_bias[seed] == pytest.approx(expected, rel=1e-3)
+        nll, text = fit.evaluate(utility=True).nll, text_of()
+        assert nll is not None
+        loss = sum(nll[n] for n in windows) / sum(text.windows[n].scored for n in windows)
+        assert scores.unpruned_log_perplexity[seed] == pytest.approx(loss, rel=1e-4)
+    assert len(set(scores.unpruned_bias)) > 1
+    again = scorer.score(fit)
+    np.testing.assert_array_equal(scores.bias, again.bias)
+
+
+@pytest.mark.parametrize("scorer", [Fasp(), Fasp(seeds=2, markers=3, windows=50), Fasp(seeds=1, markers=2)])
+def test_work_is_what_is_reported(scorer: Fasp) -> None:
+    fit = fit_of()
+    done: list[int] = []
+    scorer.score(fit, advance=done.append)
+    assert sum(done) == scorer.work(fit)
+
+
+def test_scoring_costs_about_half_of_plain_passes() -> None:
+    fit = fit_of()
+    before = fit.model.usage.forward
+    ALL.score(fit)
+    spent = fit.model.usage.forward - before
+    tokens = sum(batch.tokens for batch in fit.batches) + sum(len(window.tokens) for window in text_of().windows)
+    by_layer = sum(HEADS * (LAYERS - layer) / LAYERS for layer in range(LAYERS))
+    assert spent == pytest.approx(tokens * (1 + by_layer), rel=1e-3)
+
+
+def test_reliability_is_that_of_the_spearman_brown_formula() -> None:
+    rng = np.random.default_rng(0)
+    by_seed = rng.normal(size=400) + rng.normal(size=(3, 400))
+    correlations = [np.corrcoef(by_seed[i], by_seed[j])[0, 1] for i, j in [(0, 1), (0, 2), (1, 2)]]
+    r = sum(correlations) / 3
+    padded = np.concatenate([by_seed, np.full((3, 5), np.nan)], axis=1)
+    assert reliability(padded) == pytest.approx(3 * r / (1 + 2 * r))
+    assert reliability(padded) == pytest.approx(0.75, abs=0.06)  # signal 1 against noise 1/3
+    assert reliability(np.stack([by_seed[0], -by_seed[0]])) == 0
+
+
+@pytest.mark.parametrize(
+    "by_seed", [np.array([[1.0, 2, 3]]), np.array([[1.0, 2, 3]] * 2), np.array([[1.0, 1, 1], [1, 2, 3]])]
+)
+def test_unknown_reliability_is_said(by_seed: np.ndarray) -> None:
+    assert np.isnan(reliability(by_seed))
+    scores = HeadRemovals(by_seed, by_seed, by_seed[:, 0], by_seed[:, 0])
+    assert "not known" in scores.notes[0]
+
+
+def test_low_reliability_is_said() -> None:
+    rng = np.random.default_rng(0)
+    noise, signal = rng.normal(size=(3, 50)), rng.normal(size=50) + 0.01 * rng.normal(size=(3, 50))
+    notes = HeadRemovals(noise, signal, np.zeros(3), np.zeros(3)).notes
+    assert len(notes) == 3
+    assert "chance" in notes[2]
+    assert "reliability of 1.00" in notes[1]
+    assert len(HeadRemovals(signal, signal, np.zeros(3), np.zeros(3)).notes) == 2
+
+
+FINITE = st.integers(-5, 5).map(float)  # few values, so that ties are common
+SHARES = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda pair: sum(pair) <= 1)
+
+
+@given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=60), SHARES, st.integers(0, 5))
+def test_selection_prunes_alpha_of_all_heads_and_none_that_is_protected(
+    scores: list[tuple[float, float]], shares: tuple[float, float], neurons: int
+) -> None:
+    (gamma, alpha), n = shares, len(scores)
+    bias, perplexity = (np.array([*column, *[np.nan] * neurons]) for column in zip(*scores, strict=True))
+    chosen = protected_selection(bias, perplexity, gamma, alpha).tolist()
+    assert len(chosen) == len(set(chosen)) == int(alpha * n + 1e-9)
+    protected = sorted(range(n), key=lambda h: (-perplexity[h], h))[: int(gamma * n + 1e-9)]
+    assert not set(chosen) & set(protected)
+    free = [h for h in range(n) if h not in protected]
+    assert chosen == sorted(free, key=lambda h: (bias[h], h))[: len(chosen)]
+    np.testing.assert_array_equal(chosen, protected_selection(bias, np.exp(perplexity), gamma, alpha))
+
+
+def test_selection_by_hand() -> None:
+    bias, perplexity = np.array([0.1, 0.5, 0.2, 0.4, 0.3]), np.array([90.0, 10, 11, 12, 13])
+    assert protected_selection(bias, perplexity, 0.2, 0.4).tolist() == [2, 4]
+    assert protected_selection(bias, perplexity, 0.6, 0.4).tolist() == [2, 1]
+    assert protected_selection(bias, perplexity, 0, 0.2).tolist() == [0]
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.8, "alpha": 0.3}, {"gamma": 0.99}, {"alpha": 0.9}])
+def test_shares_above_one_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match="more than 1"):
+        Protected(**options)
+
+
+class Scored:
+    """A problem whose scores are known."""
+
+    def __init__(self, values: dict[str, np.ndarray]) -> None:
+        self.values = values
+
+    def score(self, scorer: object) -> Scored:
+        return self
+
+
+def proposed(search: Any, problem: Any, passes: Any) -> list[Any]:
+    """All proposals of a search whose outcomes depend on the number of removed units."""
+    proposals, seen = search.proposals(problem, None), []
+    try:
+        selection = next(proposals)
+        while True:
+            seen.append(selection)
+            selection = proposals.send(Outcome(1.0, 0.0, passes(len(selection.removed))))
+    except StopIteration:
+        return seen
+
+
+def test_alphas_grow_until_the_limit_is_broken_for_every_gamma() -> None:
+    bias = np.random.default_rng(0).normal(size=100)
+    # Perplexity needs the heads with the least bias most, so every gamma gives other masks.
+    problem = Scored({"bias": bias, "log_perplexity": -bias})
+    all_of_them = [s.knobs for s in proposed(Protected(), problem, lambda n: True)]
+    assert all_of_them == [{"gamma": g, "alpha": a} for g in (0.3, 0.5, 0.7) for a in (0.02, 0.05, 0.1, 0.2)]
+    some = [s.knobs["alpha"] for s in proposed(Protected(), problem, lambda n: n < 5)]
+    assert some == [0.02, 0.05] * 3
+    assert [len(s.removed) for s in proposed(Protected(gamma=0.4, alpha=0.25), problem, lambda n: True)] == [25]
+
+
+def test_equal_masks_are_proposed_once_and_their_outcome_is_remembered() -> None:
+    bias = np.arange(50.0)
+    # The heads with the least bias are never protected, so gamma makes no difference.
+    problem = Scored({"bias": bias, "log_perplexity": bias})
+    assert len(proposed(Protected(), problem, lambda n: True)) == 4
+    assert [len(s.removed) for s in proposed(Protected(), problem, lambda n: n < 2)] == [1, 2]
+
+
+def published(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Bias and perplexity, (seeds, heads) each, for gender on the validation split."""
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    with file.open() as lines:
+        for row in csv.DictReader(lines):
+            if row["Group"] == "gender_and_sex" and row["Split"] == "valid":
+                found[int(row["Seed"]), int(float(row["Head id"])) - 1] = float(row["Bias"]), float(row["PPL"])
+    both = np.full((2, 3, 1 + max(head for _, head in found)), np.nan)
+    for (seed, head), values in found.items():
+        both[:, seed - 1, head] = values
+    return both[0], both[1]
+
+
+MODELS = ["distilgpt2", "gpt2", "EleutherAI/gpt-neo-125M", "EleutherAI/gpt-neo-1.3B", "meta-llama/Llama-2-7b-chat-hf"]
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no published FASP scores in {DATA}")
+
+
+@needs_data
+@pytest.mark.parametrize("name", MODELS)
+def test_published_scores_select_the_heads_that_the_paper_describes(name: str) -> None:
+    config = json.loads((DATA / "models_config.json").read_text())[name]
+    heads = config["num_heads"] * config["num_layers"]
+    by_seed, ppl = published(DATA / f"head_scores_{name.replace('/', '_')}.csv")
+    assert by_seed.shape == (3, heads)
+    bias, perplexity = np.nanmean(by_seed, axis=0), np.nanmean(ppl, axis=0)
+    contributions = json.loads((DATA / "head_contributions.json").read_text())[name]
+    np.testing.assert_allclose(bias, contributions["cont_to_gender_and_sex_bias"])
+
+    for gamma in np.arange(0.2, 0.71, 0.1).round(2):
+        for alpha in np.arange(0.02, 0.21, 0.02).round(2):
+            chosen = protected_selection(bias, np.log(perplexity), gamma, alpha).tolist()
+            assert chosen == as_described(bias.tolist(), perplexity.tolist(), gamma, alpha)
+
+
+def as_described(bias: list[float], perplexity: list[float], gamma: float, alpha: float) -> list[int]:
+    """The selection in the paper's words; of equal heads the first comes first."""
+    heads = list(range(len(bias)))
+    critical = sorted(heads, key=lambda head: (-perplexity[head], head))[: int(gamma * len(heads))]
+    others = set(heads) - set(critical)
+    return sorted(others, key=lambda head: (bias[head], head))[: int(alpha * len(heads))]
+
+
+@needs_data
+def test_reliability_of_the_published_scores_ranges_widely() -> None:
+    found = {name: reliability(published(DATA / f"head_scores_{name.replace('/', '_')}.csv")[0]) for name in MODELS}
+    assert min(found.values()) == pytest.approx(0.06, abs=0.01)
+    assert max(found.values()) == pytest.approx(0.90, abs=0.01)
+
+
+def test_settings_are_checked() -> None:
+    Fasp().check(model_of(), SUITE)
+    for options in ({"seeds": 0}, {"markers": 1}, {"windows": 0}):
+        with pytest.raises(ValueError, match="greater than or equal"):
+            Fasp(**options)
