@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scoring import fit_of, model_of
 
-from secateur.scoring.attribution import Effects
+from secateur.errors import SettingError
+from secateur.scoring.attribution import Attribution, Effects
+from secateur.search.base import Outcome, Problem, Selection
 from secateur.search.elimination import (
     DAMAGE_SHARE,
     MAX_TRIALS,
     STEP_SHARE,
     TOLERANCE,
+    Elimination,
     Trial,
+    blended,
     geometric_counts,
     next_step,
     ranking,
@@ -129,3 +138,70 @@ def test_hopeless_steps_end_after_a_bounded_number_of_measurements() -> None:
     assert measure.asked <= MAX_TRIALS + 10
     assert len(trial.removed) == 0
     assert sorted(trial.refused) == list(range(200))
+
+
+@given(st.lists(SEEDS, min_size=1, max_size=5), st.floats(0, 1))
+def test_the_mean_of_the_rounds_before_counts_by_the_memory(seeds: list[int], memory: float) -> None:
+    rounds = [random_scores(seed) for seed in seeds]
+    seen = rounds[0]
+    for now in rounds[1:]:
+        seen = blended(now, seen, memory)
+    effect, error = rounds[0].effect, rounds[0].error
+    for now in rounds[1:]:
+        effect = (now.effect + memory * effect) / (1 + memory)
+        error = (now.error + memory * error) / (1 + memory)
+    np.testing.assert_allclose(seen.effect, effect)
+    np.testing.assert_allclose(seen.error, error)
+    np.testing.assert_array_equal(seen.cost, rounds[-1].cost)
+
+
+def test_without_memory_only_the_last_round_counts() -> None:
+    now, before = random_scores(1), random_scores(2)
+    np.testing.assert_array_equal(blended(now, before, 0).effect, now.effect)
+
+
+def proposals(search: Elimination, within: Callable[[Selection], bool]) -> list[Selection]:
+    """What a search proposes on a tiny model, told of each proposal whether it keeps to the limit."""
+    problem = Problem(model_of(), fit_of(), [fit_of()], lambda name, total: nullcontext(lambda done: None))
+    running = search.proposals(problem, Attribution())
+    found: list[Selection] = []
+    try:
+        found.append(next(running))
+        while True:
+            found.append(running.send(Outcome(0.0, 0.0, within(found[-1]))))
+    except StopIteration:
+        return found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_heads_and_neurons_alone_come_first_then_every_third_round() -> None:
+    found = proposals(Elimination(max_heads=2, max_neurons=4, rounds=4), lambda selection: True)
+    assert [selection.kind for selection in found[:2]] == ["heads", "neurons"]
+    rounds = [selection.knobs["rounds"] for selection in found[2:]]
+    assert rounds == sorted(rounds)
+    assert all(number % 3 == 0 for number in rounds[:-1])
+    sets = [set(selection.removed.tolist()) for selection in found[2:]]
+    assert all(one < other for one, other in pairwise(sets))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_fewer_units_are_tried_where_more_break_the_limit() -> None:
+    found = proposals(Elimination(max_heads=4, max_neurons=16, rounds=0), lambda selection: False)
+    heads = [len(selection.removed) for selection in found if selection.kind == "heads"]
+    neurons = [len(selection.removed) for selection in found if selection.kind == "neurons"]
+    assert neurons in ([16, 4, 1], [4, 1], [1])
+    assert heads in ([4, 1], [1])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rounds_before_are_tried_where_the_last_breaks_the_limit() -> None:
+    search = Elimination(max_heads=0, max_neurons=0, rounds=3)
+    numbers = [s.knobs["rounds"] for s in proposals(search, lambda selection: False)]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[-1] == 1
+    assert numbers == list(range(numbers[0], 0, -1))
+
+
+def test_a_search_without_candidates_is_refused() -> None:
+    with pytest.raises(SettingError, match="no candidate"):
+        Elimination(max_heads=0, max_neurons=0, rounds=0)

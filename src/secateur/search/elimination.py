@@ -36,9 +36,8 @@ class Elimination(Settings):
     ----------
     max_heads, max_neurons: the largest counts when heads or neurons are removed alone.
     rounds: of removing heads and neurons together.
-    memory: weight of the effects seen in the round before, that of the round itself being 1; earlier
-        rounds count by its powers. A round scores a few scenarios only, and what helps those alone
-        would otherwise be taken for what helps all.
+    memory: weight of the mean effects of the rounds before, that of the round itself being 1. A round
+        scores a few scenarios only, and what helps those alone would otherwise be taken for what helps all.
     """
 
     max_heads: Annotated[int, Field(ge=0)] = 4
@@ -135,7 +134,7 @@ def top_units(scores: Effects, space: UnitSpace, kind: CandidateKind, counts: li
 
 
 def blended(now: Effects, before: Effects, memory: float) -> Effects:
-    """Effects as an exponential mean over rounds; errors add up, since all rounds share the markers."""
+    """(now + memory · before) / (1 + memory); errors alike, since all rounds share the markers."""
     share = 1 / (1 + memory)
     effect = share * now.effect + (1 - share) * before.effect
     error = share * now.error + (1 - share) * before.error
