@@ -34,12 +34,11 @@ def scoring_cost(model: secateur.LanguageModel, suite: secateur.Suite) -> None:
     """Time of scoring all units against one pass over the same prompts and text."""
     text = split_text(model, read_passages())["fit"]
     prompts = build_prompts(model, suite, split(suite).fit)
-    one_pass = seconds(lambda: Evaluator(model, prompts, text).evaluate(utility=True))
     fit = Evaluator(model, prompts, text)
-    fit.evaluate()  # the audit pass that a repair has made before it scores
-    scoring = seconds(lambda: Attribution().score(fit))
-    naive = sum(len(p.context) + sum(len(a) for a in p.answers) for p in prompts.prompts)
     packed = sum(batch.tokens for batch in fit.batches)
+    one_pass = seconds(lambda: fit.evaluate(utility=True))
+    scoring = seconds(lambda: Attribution().score(fit))  # the unpruned answers are known, as in a repair
+    naive = sum(len(p.context) + sum(len(a) for a in p.answers) for p in prompts.prompts)
     print(f"one pass over fit prompts and text  {one_pass:7.1f} s")
     print(f"scoring every head and neuron       {scoring:7.1f} s   {scoring / one_pass:.2f} x one pass")
     print(f"prompt tokens: {packed:,} packed, {naive:,} one by one ({naive / packed:.1f} x fewer)")

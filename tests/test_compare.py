@@ -18,7 +18,7 @@ from tiny import all_logits
 import secateur
 from secateur.api import compare as compare_again
 from secateur.evaluation import Evaluator
-from secateur.search.methods import METHODS
+from secateur.search.methods import METHODS, method
 from secateur.studies.compare import CompareSettings, MethodResult
 
 HEADS, NEURONS = 8, 96
@@ -131,9 +131,16 @@ def test_bad_settings_of_a_comparison(
 
 
 def test_quick_takes_less_of_everything() -> None:
-    quick = CompareSettings().quick()
+    quick = CompareSettings(quick=True).reduced()
     assert (quick.max_markers, quick.utility_tokens, quick.random_draws) == (6, 1536, 5)
-    assert CompareSettings(max_markers=3, utility_tokens=600, random_draws=2).quick().max_markers == 3
+    assert CompareSettings(max_markers=3, quick=True).reduced().max_markers == 3
+    assert CompareSettings().reduced() == CompareSettings()
+
+
+def test_quick_leaves_alone_what_the_user_has_set() -> None:
+    assert method("fasp").quick().settings["seeds"] == 1
+    assert method("fasp", {"seeds": "2"}).quick().settings["seeds"] == 2
+    assert method("attribution").quick().settings == method("attribution").settings
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

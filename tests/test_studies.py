@@ -388,7 +388,7 @@ def test_judge_verified() -> None:
     assert verdict == "verified"
     assert explanation == (
         "On unseen markers and wordings the bias fell by 60% (95 % interval 30% to 80%), perplexity changed by "
-        "+1.00%, and random masks of the same size changed the bias by +5%."
+        "+1.00%, and random masks of the same size reduced the bias by -5% on average."
     )
 
 

@@ -157,7 +157,6 @@ def compare(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    quick: bool = False,
     **settings: Any,
 ) -> CompareResult:
     """Compare methods on the same model, data and utility limit.
@@ -166,8 +165,8 @@ def compare(
     ----------
     output: a directory for ``compare.json``, ``compare.csv`` and ``report.html``; overwrite: replace it if
         it exists. A run that was interrupted carries on with the methods that were not finished.
-    quick: a small part of the data, for a first look.
-    settings: fields of :class:`secateur.CompareSettings`, such as ``methods=("attribution", "random")``.
+    settings: fields of :class:`secateur.CompareSettings`, such as ``methods=("attribution", "random")``
+        or ``quick=True``.
 
     Raises
     ------
@@ -176,7 +175,6 @@ def compare(
     """
     suite = load_suite(suite)
     chosen = CompareSettings(**settings)
-    chosen = chosen.quick() if quick else chosen
     chosen.check()
     progress = progress or Progress()
     if output is None:

@@ -203,6 +203,7 @@ def compare(
         "methods": names,
         "options": _options_by_method(settings),
         "random_draws": random_draws,
+        "quick": quick,
         **_study_settings(
             max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
             seed, batch_size, chat,
@@ -213,7 +214,7 @@ def compare(
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code)
     result = secateur.compare(
-        loaded, asked, output=output, overwrite=overwrite, quick=quick, progress=TerminalProgress(console), **told
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
     console.print(compare_table(result))
     for line in compare_lines(result):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,14 @@ class Settings(BaseModel):
     """What a user may set of a method; unknown names and values out of range are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+
+    def quick(self) -> Self:
+        """The same for a first look, at a fraction of the cost where :meth:`cheaper` names a way."""
+        return self.model_copy(update={k: v for k, v in self.cheaper().items() if k not in self.model_fields_set})
+
+    def cheaper(self) -> dict[str, Any]:
+        """Settings for a first look; what a user has set stays as it is."""
+        return {}
 
 
 class Scores(Protocol):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from secateur.scoring.base import Settings
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
 
-DRAW_MARKERS = 8
+DRAW_MARKERS = 4
 # Below this more than half of what is seen between heads is chance.
 FAIR_RELIABILITY = 0.5
 
@@ -129,7 +129,7 @@ class Fasp(Settings):
     Attributes
     ----------
     seeds: draws that the scores are averaged over; 3, as in the published scores.
-    markers: markers of each group in one draw, all if it has fewer. None stands for 8, but for no more than
+    markers: markers of each group in one draw, all if it has fewer. None stands for 4, but for no more than
         half of a group (at least 2), so that draws differ and their agreement tells something.
         All scenarios and paraphrases of the fit part are kept. Ours.
     windows: windows of the neutral text in one draw, all if it has fewer. Ours.
@@ -139,7 +139,10 @@ class Fasp(Settings):
 
     seeds: Annotated[int, Field(ge=1)] = 3
     markers: Annotated[int | None, Field(ge=2)] = None
-    windows: Annotated[int, Field(ge=1)] = 4
+    windows: Annotated[int, Field(ge=1)] = 2
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"seeds": 1, "markers": 2, "windows": 1}
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
         """Every supported model and every suite will do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -41,6 +41,9 @@ class Counts(Settings):
     def model_post_init(self, context: object) -> None:
         if self.heads == 0 and self.neurons == 0:
             raise SettingError("heads and neurons are both 0, so there would be no candidate.")
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"factor": 8.0}
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Heads alone, then neurons alone, fewest first."""

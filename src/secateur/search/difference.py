@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -32,6 +32,9 @@ class SetDifference(Settings):
 
     top: Annotated[int | None, Field(ge=1)] = None
     exclude: Annotated[int | None, Field(ge=0)] = None
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"exclude": EXCLUDED[-1]}
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Every pair in turn; equal masks are proposed once.

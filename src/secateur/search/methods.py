@@ -73,6 +73,10 @@ class Method:
         """All settings with their values."""
         return {**self.scorer.model_dump(), **self.search.model_dump()}
 
+    def quick(self) -> Method:
+        """The same for a first look."""
+        return Method(self.name, self.scorer.quick(), self.search.quick())
+
     def check(self, model: LanguageModel, suite: Suite) -> None:
         """Refuse a model or a suite that the method cannot work on, before anything is computed."""
         self.scorer.check(model, suite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -53,6 +53,9 @@ class Protected(Settings):
         gammas = GAMMAS if self.gamma is None else (self.gamma,)
         alphas = ALPHAS if self.alpha is None else (self.alpha,)
         return [(gamma, alpha) for gamma, alpha in product(gammas, alphas) if gamma + alpha <= 1 + 1e-9]
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"gamma": 0.5} if self.alpha is None or self.alpha <= 0.5 else {}
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Every pair in turn; equal masks are proposed once."""

@@ -38,11 +38,13 @@ class CompareSettings(StudySettings):
     methods: names of the methods; none for all.
     options: settings by method, such as ``{"fasp": {"seeds": 5}}``; what is not set is chosen on select.
     random_draws: masks of the size that ``random`` chooses, to show their spread on test.
+    quick: a small part of fit, select and text, and coarser searches: minutes, wider intervals.
     """
 
     methods: tuple[str, ...] = ()
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     random_draws: int = 20
+    quick: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,8 +60,10 @@ class CompareSettings(StudySettings):
         for name in self.names:
             method(name, self.options.get(name))
 
-    def quick(self) -> CompareSettings:
-        """The same on a small part of fit, select and text: minutes, wider intervals."""
+    def reduced(self) -> CompareSettings:
+        """The same on less data if it is to be quick."""
+        if not self.quick:
+            return self
         return replace(
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
@@ -194,9 +198,10 @@ def compare(
     remembered: results of an interrupted run on the same model, suite and settings; not made again.
     remember: called with every result as soon as it is there.
     """
-    settings = settings or CompareSettings()
+    settings = (settings or CompareSettings()).reduced()
     settings.check()
     methods = [method(name, settings.options.get(name)) for name in settings.names]
+    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
     for chosen in methods:
         chosen.check(model, suite)
     progress = progress or Progress()

@@ -82,6 +82,7 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     Verified means: there was a bias (B before has a lower end above 0), it fell (the reduction's
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
+    mean_random = np.mean([draw.reduction.value for draw in random])
     best_random = max(draw.reduction.value for draw in random)
     reduction = comparison.reduction
     faults = []
@@ -96,7 +97,7 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     figures = (
         f"On unseen markers and wordings the bias fell by {reduction.value:.0%} "
         f"(95 % interval {reduction.low:.0%} to {reduction.high:.0%}), perplexity changed by {increase.value:+.2%}, "
-        f"and random masks of the same size changed the bias by {-np.mean([d.reduction.value for d in random]):+.0%}."
+        f"and random masks of the same size reduced the bias by {mean_random:.0%} on average."
     )
     if not faults:
         return VERIFIED, figures
