@@ -10,6 +10,7 @@ from typing import Any
 from secateur.files import OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
+from secateur.measures.sampling import TEMPERATURE
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.reports.html import render_audit, render_compare, render_repair
@@ -36,6 +37,8 @@ def audit(
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
     chat: ChatMode = "auto",
+    sampled_runs: int = 0,
+    temperature: float = TEMPERATURE,
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -49,6 +52,8 @@ def audit(
     seed: of permutations and bootstrap.
     batch_size: prompts in one forward pass.
     chat: "auto", "chat" or "plain": whether prompts go through the model's chat template.
+    sampled_runs: also sample so many answers to every quantity prompt, at ``temperature``, and say how far they
+        agree with the measured quantities.
     output: a directory for ``audit.json`` and ``report.html``; overwrite: replace it if it exists.
 
     Raises
@@ -60,7 +65,16 @@ def audit(
     suite = load_suite(suite)
     directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
     with writing(directory):
-        result = audits.audit(model, suite, seed=seed, batch_size=batch_size, chat=chat, progress=progress)
+        result = audits.audit(
+            model,
+            suite,
+            seed=seed,
+            batch_size=batch_size,
+            chat=chat,
+            sampled_runs=sampled_runs,
+            temperature=temperature,
+            progress=progress,
+        )
         if directory is not None:
             directory.write_json("audit.json", result.as_dict())
             write_text(directory.staging / "report.html", render_audit(result))

@@ -83,13 +83,20 @@ def audit(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
+    sampled_runs: Annotated[
+        int, typer.Option(min=0, help="Also sample so many answers to every quantity prompt, and compare; 0 for none.")
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the sampled answers.")] = 1.0,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how differently a model treats the groups of a suite."""
     import secateur
+    from secateur.measures.sampling import check_sampling
     from secateur.reports.terminal import TerminalProgress, audit_summary, audit_table
 
     asked, mode = _suite(suite), _chat(chat)
+    if sampled_runs:
+        check_sampling(asked, sampled_runs, temperature)
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code)
     result = secateur.audit(
@@ -98,6 +105,8 @@ def audit(
         seed=seed,
         batch_size=batch_size,
         chat=mode,
+        sampled_runs=sampled_runs,
+        temperature=temperature,
         output=output,
         overwrite=overwrite,
         progress=TerminalProgress(console),

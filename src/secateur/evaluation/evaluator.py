@@ -101,6 +101,11 @@ class Evaluator:
         table = Table(self.prompts.table(self._y[key]), self.prompts.groups)
         return Measurement(table, self._nll[key] if utility else None)
 
+    def y(self, mask: AnyMask | None = None) -> np.ndarray:
+        """y of every prompt under a mask, (prompts,)."""
+        self.evaluate(mask)
+        return self._y[_key(mask)]
+
     def perplexity(self, mask: AnyMask | None = None) -> float:
         """Perplexity of the neutral text under a mask."""
         return perplexity(self._likelihood(mask), self._text)

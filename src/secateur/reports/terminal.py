@@ -91,7 +91,19 @@ def audit_summary(result: AuditResult) -> list[str]:
         f"Raw mean |SMD| {summary.mean_abs_smd:.2f} (shuffled labels: {summary.null_abs_smd:.2f}); "
         f"mean |gap| {summary.mean_abs_gap:.2f} (shuffled: {summary.null_abs_gap:.2f})",
         f"{significant} of {len(result.scenarios)} scenarios differ between groups at p < 0.05 after Holm's correction",
+        *_sampled_lines(result),
         f"{result.run['tokens_forward']:,} tokens forward in {result.run['seconds']:.0f} s",
+    ]
+
+
+def _sampled_lines(result: AuditResult) -> list[str]:
+    check = result.sampled
+    if check is None:
+        return []
+    return [
+        f"Sampled answers ({check.runs} a prompt, temperature {check.temperature:g}): {check.parsed:.0%} hold an "
+        f"amount; their correlation with the measured quantities is {check.agreement:.2f} (Spearman, mean over "
+        "scenarios)",
     ]
 
 

@@ -25,6 +25,7 @@ from secateur.measures.disparity import (
     suite_bias,
 )
 from secateur.measures.prompts import ChatMode, build_prompts, check_chat
+from secateur.measures.sampling import TEMPERATURE, check_sampling, quantity_prompts, sample_amounts
 from secateur.measures.splits import whole
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -58,6 +59,23 @@ class ScenarioDisparity:
 
 
 @dataclass(frozen=True)
+class SampledCheck:
+    """Sampled answers beside the measured quantities.
+
+    Attributes
+    ----------
+    runs, temperature: answers to each prompt, and of the sampling.
+    parsed: share of the answers that hold an amount.
+    agreement: mean over scenarios of Spearman's correlation of the sampled with the measured y.
+    """
+
+    runs: int
+    temperature: float
+    parsed: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class AuditResult:
     """What an audit found.
 
@@ -67,6 +85,7 @@ class AuditResult:
     summary: all suite figures, raw and null.
     scenarios: one entry per scenario.
     run: versions, seed, data hashes, cost.
+    sampled: quantities by sampled answers, where that was asked for.
     """
 
     model: str
@@ -75,6 +94,7 @@ class AuditResult:
     summary: SuiteBias
     scenarios: list[ScenarioDisparity]
     run: dict[str, Any]
+    sampled: SampledCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
@@ -84,6 +104,7 @@ class AuditResult:
             "bias": self.bias.as_dict(),
             "summary": asdict(self.summary),
             "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "sampled": None if self.sampled is None else asdict(self.sampled),
             "run": self.run,
         }
 
@@ -95,6 +116,8 @@ def audit(
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
     chat: ChatMode = "auto",
+    sampled_runs: int = 0,
+    temperature: float = TEMPERATURE,
     progress: Progress | None = None,
 ) -> AuditResult:
     """Measure the disparity of every scenario of a suite on a model, on all markers and paraphrases.
@@ -104,6 +127,7 @@ def audit(
     seed: of permutations and bootstrap.
     batch_size: prompts in one forward pass.
     chat: "auto", "chat" or "plain": whether prompts go through the model's chat template.
+    sampled_runs: also sample so many answers to every quantity prompt, at ``temperature``, and compare.
 
     Raises
     ------
@@ -111,9 +135,12 @@ def audit(
     """
     check_chat(chat)
     recorder = Recorder(model, progress or Progress())
+    if sampled_runs:
+        check_sampling(suite, sampled_runs, temperature)
     evaluator = Evaluator(model, build_prompts(model, suite, whole(suite), chat), batch_size=batch_size)
     with recorder.step(f"Audit {suite.name}", evaluator.work()) as advance:
         table = evaluator.evaluate(advance=advance).table
+    sampled = _sample(evaluator, recorder, sampled_runs, temperature, seed) if sampled_runs else None
     settings = {"seed": seed, "batch_size": batch_size, "chat": chat, "suite_hash": suite_hash(suite)}
     return AuditResult(
         model=model.source,
@@ -122,7 +149,26 @@ def audit(
         summary=suite_bias(table, seed),
         scenarios=describe_scenarios(suite, table, seed),
         run=recorder.describe(settings),
+        sampled=sampled,
     )
+
+
+def _sample(evaluator: Evaluator, recorder: Recorder, runs: int, temperature: float, seed: int) -> SampledCheck:
+    """Sample the quantity prompts, and compare with the y that were measured on the same prompts."""
+    asked = quantity_prompts(evaluator.prompts)
+    with recorder.step(f"Sample {runs} answers to every quantity prompt", len(asked)) as advance:
+        found = sample_amounts(
+            evaluator.model,
+            asked,
+            runs=runs,
+            temperature=temperature,
+            batch_size=evaluator.batch_size,
+            seed=seed,
+            advance=advance,
+        )
+    scenarios = set(asked.scenarios)
+    y = evaluator.y()[[prompt.scenario in scenarios for prompt in evaluator.prompts.prompts]]
+    return SampledCheck(runs, temperature, found.parsed, found.agreement(y))
 
 
 def describe_scenarios(suite: Suite, table: Table, seed: int = 0) -> list[ScenarioDisparity]:
