@@ -170,28 +170,35 @@ def _percent(figure: dict[str, float], digits: int = 0) -> str:
 
 
 def compare_table(result: CompareResult) -> Table:
-    """One line per method, the largest held-out reduction first."""
-    table = Table(title=f"{escape(result.suite.name)} on {escape(result.model)}, held out", box=box.SIMPLE_HEAD)
-    table.add_column("method")
-    for heading in ("heads", "neurons", "B after", "reduction [95 %]", "perplexity [95 %]", "control", "tokens", "s"):
+    """One line per method, the largest held-out reduction first; narrow enough for 80 columns."""
+    title = f"{escape(result.suite.name)} on {escape(result.model)}, held out, limit {result.limit:+.1%} perplexity"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method", no_wrap=True)
+    headings = ("heads\nneurons", "B was\nis", "reduction\n%", "perplexity\n%", "control", "tokens\nrun", "s")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for found in result.methods:
-        cost = (f"{found.tokens_forward:,}", f"{found.seconds:.0f}")
-        if found.bias_after is None or found.reduction is None or found.perplexity_increase is None:
-            table.add_row(found.name, "", "", "", found.status, "", "", *cost, style="dim")
+        cost = (f"{found.tokens_forward / 1000:,.0f}k", f"{found.seconds:.0f}")
+        bias = found.bias_before, found.bias_after
+        if bias[0] is None or bias[1] is None or found.reduction is None or found.perplexity_increase is None:
+            table.add_row(found.name, "", "", found.status, "", "", *cost, style="dim")
             continue
-        control = "" if found.control_change is None else f"{found.control_change.value:+.2f}"
         table.add_row(
             found.name,
-            str(found.heads),
-            str(found.neurons) if not found.weights else f"{found.weights:,} weights",
-            f"{found.bias_after.value:.2f}",
-            interval_text(found.reduction, percent=True),
-            _percent(found.perplexity_increase.as_dict(), 2),
-            control,
+            f"{found.weights:,}\nweights" if found.weights else f"{found.heads}\n{found.neurons:,}",
+            f"{bias[0].value:.2f}\n{bias[1].value:.2f}",
+            _stacked(found.reduction, 0),
+            _stacked(found.perplexity_increase, 1),
+            "" if found.control_change is None else f"{found.control_change.value:+.2f}",
             *cost,
         )
     return table
+
+
+def _stacked(interval: Interval, digits: int) -> str:
+    """Percent on one line, the interval below."""
+    value, low, high = (f"{100 * number:.{digits}f}" for number in (interval.value, interval.low, interval.high))
+    return f"{value}\n[{low}, {high}]"
 
 
 def compare_lines(result: CompareResult) -> list[str]:
