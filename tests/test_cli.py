@@ -145,6 +145,7 @@ def test_model_that_returns_nan(tmp_path: Path, output: Path, call: Command, com
         (("--device", "toaster"), "Device 'toaster' is unknown"),
         (("--device", "cuda:99"), "Device 'cuda:99' is unknown or not available"),
         (("--dtype", "float12"), "Unknown dtype 'float12'; choose one of: auto, float32"),
+        (("--matmul-precision", "low"), "Unknown matmul precision 'low'; choose one of: highest, high, medium"),
         (("--chat", "shout"), "Unknown chat mode 'shout'; choose auto, chat or plain"),
         (("--chat", "chat"), "has no chat template"),
         (("--ablation", "half"), "Unknown ablation 'half'; choose zero or mean"),

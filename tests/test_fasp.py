@@ -21,14 +21,14 @@ from secateur.evaluation import Evaluator
 from secateur.measures.disparity import Table
 from secateur.models.restart import recorded, restarted
 from secateur.scoring.attribution import disparity
-from secateur.scoring.fasp import Fasp, HeadRemovals, of_markers, reliability
+from secateur.scoring.fasp import Fasp, HeadRemovals, reliability
 from secateur.search.base import Outcome
 from secateur.search.protected import Protected, protected_selection
 from secateur.units import Mask, masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fasp-reference"
-ALL = Fasp(seeds=1, markers=3, windows=50)
+ALL = Fasp(seeds=1, markers=3, scenarios=50, windows=50)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,15 +112,17 @@ def check_against_plain(name: str, mask: Mask | None, mean: bool) -> None:
 
 
 def test_each_seed_measures_its_own_draw() -> None:
-    fit, scorer = fit_of(), Fasp(seeds=3, markers=2, windows=2)
+    fit, scorer = fit_of(), Fasp(seeds=3, markers=2, scenarios=1, windows=2)
     scores = scorer.score(fit)
-    for seed, (markers, windows) in enumerate(zip(scorer._marker_draws(fit), scorer._window_draws(fit), strict=True)):
-        assert [sum(m // 3 == group for m in markers) for group in range(3)] == [2, 2, 2]
-        part = of_markers(fit.prompts, markers)
-        assert part.scenarios == fit.prompts.scenarios
-        assert len(part) == len(fit.prompts) * 2 // 3
-        y = fit.evaluate().table.y[:, np.array(markers)]
-        groups = np.array([marker // 3 for marker in markers])
+    for seed, (draw, windows) in enumerate(zip(scorer.prompt_draws(fit), scorer.window_draws(fit), strict=True)):
+        assert [sum(m // 3 == group for m in draw.markers) for group in range(3)] == [2, 2, 2]
+        part = draw.of(fit.prompts)
+        assert tuple(part.scenarios) == draw.scenarios
+        assert len(part.scenarios) == 1 < len(fit.prompts.scenarios)
+        asked = [prompt for prompt in fit.prompts.prompts if prompt.scenario in draw.scenarios]
+        assert len(part) == len(asked) * 2 // 3
+        y = fit.evaluate().table.y[np.array(draw.scenarios)][:, np.array(draw.markers)]
+        groups = np.array([marker // 3 for marker in draw.markers])
         expected = disparity(Table(y, groups))
         assert scores.unpruned_bias[seed] == pytest.approx(expected, rel=1e-3)
         nll, text = fit.evaluate(utility=True).nll, text_of()
@@ -132,7 +134,9 @@ def test_each_seed_measures_its_own_draw() -> None:
     np.testing.assert_array_equal(scores.bias, again.bias)
 
 
-@pytest.mark.parametrize("scorer", [Fasp(), Fasp(seeds=2, markers=3, windows=50), Fasp(seeds=1, markers=2)])
+@pytest.mark.parametrize(
+    "scorer", [Fasp(), Fasp(seeds=2, markers=3, scenarios=50, windows=50), Fasp(seeds=1, markers=2)]
+)
 def test_work_is_what_is_reported(scorer: Fasp) -> None:
     fit = fit_of()
     done: list[int] = []
@@ -304,6 +308,6 @@ def test_reliability_of_the_published_scores_ranges_widely() -> None:
 
 def test_settings_are_checked() -> None:
     Fasp().check(model_of(), SUITE)
-    for options in ({"seeds": 0}, {"markers": 1}, {"windows": 0}):
+    for options in ({"seeds": 0}, {"markers": 1}, {"scenarios": 0}, {"windows": 0}):
         with pytest.raises(ValueError, match="greater than or equal"):
             Fasp(**options)

@@ -4,14 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import secateur
 from secateur.evaluation import Evaluator
 from secateur.measures.answers import measure_y, pack
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import Part
+from secateur.measures.utility import read_passages, split_text
+from secateur.scoring.attribution import Attribution, disparity
 from secateur.units import Mask, masked
 
 pytestmark = pytest.mark.real
@@ -59,6 +63,24 @@ def test_y_equals_plain_transformers(model: secateur.LanguageModel) -> None:
     y = measure_y(model, prompts, pack(model, prompts))
     assert float(y[0]) == pytest.approx(float(log_probabilities[he] - log_probabilities[she]), abs=1e-4)
     assert float(y[0]) < 0
+
+
+def test_attribution_agrees_with_switching_units_off(model: secateur.LanguageModel, part: Part) -> None:
+    """First order against the whole way, for heads and neurons drawn by chance and for neurons that matter."""
+    suite = secateur.load_suite("occupations")
+    prompts = build_prompts(model, suite, part).of_scenarios([0, 1])
+    fit = Evaluator(model, prompts, split_text(model, read_passages())["fit"].first(1))
+    effect, space = Attribution().score(fit).effect, secateur.UnitSpace.of(model)
+    rng = np.random.default_rng(0)
+    neurons = space.n_heads + np.argsort(-np.abs(effect[space.n_heads :]))
+    drawn = ((np.arange(space.n_heads), 24), (neurons[:400], 20), (neurons[400:], 20))
+    units = np.concatenate([rng.permutation(some)[:count] for some, count in drawn])
+    before = disparity(fit.evaluate().table)
+    change = np.array([disparity(fit.evaluate(Mask.removing(model, [u])).table) - before for u in units])
+    assert len(set(units)) == 64
+    large = np.abs(change) > np.median(np.abs(change))
+    assert spearmanr(effect[units], change).statistic > 0.8
+    assert (np.sign(effect[units]) == np.sign(change))[large].mean() > 0.9
 
 
 def test_audit_finds_the_gender_bias_of_occupations(model: secateur.LanguageModel, part: Part) -> None:

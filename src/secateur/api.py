@@ -194,7 +194,12 @@ def compare(
     if output is None:
         return comparisons.compare(model, suite, chosen, progress=progress)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
-    key = {"model": model.fingerprint, "suite": suite_hash(suite), "settings": chosen.as_dict()}
+    key = {
+        "model": model.fingerprint,
+        "arithmetic": [str(model.dtype), model.matmul_precision],
+        "suite": suite_hash(suite),
+        "settings": chosen.as_dict(),
+    }
     with writing(directory, keep=True):
         done = _remembered(directory, key)
         if done:

@@ -33,6 +33,9 @@ Model = Annotated[
 ]
 SuiteName = Annotated[str, typer.Option("--suite", "-s", help="A built-in suite's name, or the path of a YAML file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Precision = Annotated[
+    str, typer.Option(help="Of products of fp32 matrices: highest, or high or medium (faster with TF32 or AMX).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps [default: cuda where there is one].")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread a large model over devices: auto, balanced, ...")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
@@ -77,6 +80,7 @@ def audit(
         "runs/audit"
     ),
     dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -98,7 +102,7 @@ def audit(
     if sampled_runs:
         check_sampling(asked, sampled_runs, temperature)
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.audit(
         loaded,
         asked,
@@ -134,6 +138,7 @@ def repair(
     random_draws: Annotated[int, typer.Option(help="Random masks to compare with.")] = 5,
     control_suite: ControlSuite = "control-colour",
     dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -158,7 +163,7 @@ def repair(
     asked = _suite(suite)
     secateur.RepairSettings(**told).check()
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.repair(
         loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
@@ -195,6 +200,7 @@ def compare(
     random_draws: Annotated[int, typer.Option(help="Random masks whose spread is shown.")] = 20,
     control_suite: ControlSuite = "control-colour",
     dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -221,7 +227,7 @@ def compare(
     asked = _suite(suite)
     secateur.CompareSettings(**told).check()
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.compare(
         loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
@@ -245,6 +251,7 @@ def localise(
     utility_tokens: UtilityTokens = 6144,
     max_markers: MaxMarkers = 0,
     dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -265,7 +272,7 @@ def localise(
     asked = _suite(suite)
     secateur.LocaliseSettings(**told).check()
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.localise(
         loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
@@ -289,6 +296,7 @@ def apply(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the checkpoint.")],
     model: Model = None,
     dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -299,7 +307,7 @@ def apply(
 
     loaded_plan = secateur.load_plan(plan)
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     written = secateur.apply(loaded, loaded_plan, output, overwrite=overwrite)
     mask = loaded_plan.mask
     console.print(f"Written: {escape(str(written))} ({mask.summary} zeroed)")
@@ -342,11 +350,20 @@ def _suite(name: str) -> Any:
     return load_suite(name)
 
 
-def _load(model: str | None, dtype: str, device: str | None, device_map: str | None, trust: bool) -> Any:
+def _load(
+    model: str | None, dtype: str, device: str | None, device_map: str | None, trust: bool, precision: str
+) -> Any:
     import secateur
 
     with console.status("Loading the model (the default one is converted on first use, about 30 s) ..."):
-        return secateur.load(model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust)
+        return secateur.load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust,
+            matmul_precision=precision,  # type: ignore[arg-type]
+        )
 
 
 def _options_of(pairs: list[str] | None) -> dict[str, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from secateur.models.families import Family, family_of, kv_heads, query_heads
 from secateur.models.linear import fast_linear
 
 VOCABULARY_CHUNK = 16_384
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 @dataclass
@@ -41,12 +45,15 @@ class LanguageModel:
     model: the transformers model, in evaluation mode, parameters frozen.
     tokenizer: its tokenizer.
     source: where it came from, as the user named it.
+    matmul_precision: of products of fp32 matrices inside the model, see :func:`torch.set_float32_matmul_precision`.
+        The output head keeps the highest.
     usage: tokens forwarded and backwarded so far.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
+    matmul_precision: MatmulPrecision = "highest"
     usage: TokenUsage = field(default_factory=TokenUsage)
 
     def __post_init__(self) -> None:
@@ -118,10 +125,14 @@ class LanguageModel:
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:32]
 
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Within the context, fp32 matrices are multiplied in the model's precision, also in backward passes."""
+        return _multiplying(self.matmul_precision)
+
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Last hidden state after the final norm, (batch, tokens, hidden); counts the tokens."""
         self.usage.forward += input_ids.numel()
-        with fast_linear():
+        with self.arithmetic(), fast_linear():
             output = self.model.base_model(
                 input_ids=input_ids.to(self.input_device),
                 position_ids=None if position_ids is None else position_ids.to(self.input_device),
@@ -141,7 +152,7 @@ class LanguageModel:
         bias: Tensor | None = getattr(head, "bias", None)
         hidden = hidden.to(weight.device).float()
         if weight.dtype == torch.float32:
-            with fast_linear():
+            with _multiplying("highest"), fast_linear():
                 logits = nn.functional.linear(hidden, weight)
         else:  # chunks keep the fp32 copy of the vocabulary small
             chunks = (nn.functional.linear(hidden, part.float()) for part in weight.split(VOCABULARY_CHUNK))
@@ -178,6 +189,16 @@ class LanguageModel:
         """Write model, tokenizer and generation config as a plain Hugging Face directory."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _multiplying(precision: MatmulPrecision) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def input_width(module: nn.Module, transposed: bool) -> int:

@@ -10,7 +10,7 @@ import shutil
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import platformdirs
 import torch
@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 
 from secateur.errors import ModelError, SettingError
 from secateur.models.families import family_of
-from secateur.models.language_model import LanguageModel
+from secateur.models.language_model import LanguageModel, MatmulPrecision
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,6 +45,7 @@ def load(
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    matmul_precision: MatmulPrecision = "highest",
 ) -> LanguageModel:
     """Load a causal language model for auditing and repair.
 
@@ -57,15 +58,20 @@ def load(
     device: "cpu", "cuda", "cuda:1", "mps", ...; None takes CUDA where there is one, else the CPU.
     device_map: passed to transformers to spread a large model ("auto", or a map); excludes device.
     trust_remote_code: run code that comes with the checkpoint. Off unless you say so.
+    matmul_precision: "highest", or "high" or "medium" to multiply fp32 matrices in TF32 or bf16 where the
+        hardware has that (NVIDIA GPUs; CPUs with AMX). The output head keeps the highest precision.
 
     Raises
     ------
     ModelError: the model is unknown, unreadable or of an unsupported family.
-    SettingError: unknown dtype or device.
+    SettingError: unknown dtype, device or precision.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     chosen_dtype = _dtype(dtype)
+    if matmul_precision not in get_args(MatmulPrecision):
+        known = ", ".join(get_args(MatmulPrecision))
+        raise SettingError(f"Unknown matmul precision '{matmul_precision}'; choose one of: {known}.")
     chosen_device = _device(device) if device_map is None else None
     if device is not None and device_map is not None:
         raise SettingError("Give either a device or a device map, not both.")
@@ -85,7 +91,7 @@ def load(
         raise ModelError(_unreadable(name, error)) from error
     if chosen_device is not None:
         model.to(chosen_device)  # type: ignore[arg-type]
-    return LanguageModel(model=model, tokenizer=tokenizer, source=name)
+    return LanguageModel(model=model, tokenizer=tokenizer, source=name, matmul_precision=matmul_precision)
 
 
 def cache_directory() -> Path:

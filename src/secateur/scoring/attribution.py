@@ -201,7 +201,8 @@ def disparity_gradient(
         gates = Gates.ones(model, tuple(batch.layout.input_ids.shape), means)
         leaves = gates.leaves()
         parts = parts or [torch.zeros(shared + 1, leaf.shape[-1]) for leaf in leaves]
-        with _collecting(leaves, [partial(_add_by_marker, part, marker) for part in parts]), gated(model, gates):
+        collectors = [partial(_add_by_marker, part, marker) for part in parts]
+        with _collecting(leaves, collectors), gated(model, gates), model.arithmetic():
             y = batch_y(model, fit.prompts.suite, batch)
             (y * torch.from_numpy(weights[start:stop]).to(y)).sum().backward()  # type: ignore[no-untyped-call]
         model.usage.backward += batch.tokens
@@ -258,7 +259,8 @@ def loss_change(
         gates = Gates.ones(model, (len(windows), len(windows[0].tokens)), means)
         leaves = gates.leaves()
         sums = sums or [torch.zeros(2, leaf.shape[-1]) for leaf in leaves]
-        with _collecting(leaves, [partial(_add_squares, part) for part in sums]), gated(model, gates):
+        collectors = [partial(_add_squares, part) for part in sums]
+        with _collecting(leaves, collectors), gated(model, gates), model.arithmetic():
             window_losses(model, windows).sum().backward()  # type: ignore[no-untyped-call]
         model.usage.backward += sum(len(window.tokens) for window in windows)
         advance(len(numbers))

@@ -5,7 +5,7 @@ paper takes b from a toxicity classifier on sampled continuations of HolisticBia
 draws the samples. What is ours:
 
 - bias is D, the root mean square SMD of the suite (:func:`secateur.scoring.attribution.disparity`),
-  which needs no sampling; a seed draws markers and windows of text instead;
+  which needs no sampling; a seed draws markers, scenarios and windows of text instead;
 - perplexity counts by its logarithm: the order within a seed is the same, but one seed in which a
   single head raises it a thousandfold does not decide the mean.
 
@@ -123,6 +123,21 @@ def _reliability_note(what: str, drawn: str, value: float, seeds: int) -> str:
     return f"The reliability of the {what} without each head is not known, since two draws are alike; lower {drawn}."
 
 
+@dataclass(frozen=True)
+class PromptDraw:
+    """Flat positions of markers, and numbers of scenarios, both ascending."""
+
+    markers: tuple[int, ...]
+    scenarios: tuple[int, ...]
+
+    def of(self, prompts: PromptSet) -> PromptSet:
+        """The drawn ones of a set of prompts."""
+        drawn = prompts.of_scenarios(self.scenarios)
+        kept = tuple(prompt for prompt in drawn.prompts if prompt.marker in self.markers)
+        inside = np.isin(prompts.markers, self.markers)
+        return PromptSet(prompts.suite, kept, self.markers, prompts.groups[inside])
+
+
 class Fasp(Settings):
     """Bias and log-perplexity with each head alone removed, on a few draws of the fit part.
 
@@ -130,8 +145,8 @@ class Fasp(Settings):
     ----------
     seeds: draws that the scores are averaged over; 3, as in the published scores.
     markers: markers of each group in one draw, all if it has fewer. None stands for 4, but for no more than
-        half of a group (at least 2), so that draws differ and their agreement tells something.
-        All scenarios and paraphrases of the fit part are kept. Ours.
+        half of a group (at least 2), so that draws differ and their agreement tells something. Ours.
+    scenarios: scenarios in one draw, all if there are fewer, with all of their paraphrases. Ours.
     windows: windows of the neutral text in one draw, all if it has fewer. Ours.
 
     Draws that turn out equal are measured once.
@@ -139,6 +154,7 @@ class Fasp(Settings):
 
     seeds: Annotated[int, Field(ge=1)] = 3
     markers: Annotated[int | None, Field(ge=2)] = None
+    scenarios: Annotated[int, Field(ge=1)] = 4
     windows: Annotated[int, Field(ge=1)] = 2
 
     def cheaper(self) -> dict[str, Any]:
@@ -149,9 +165,9 @@ class Fasp(Settings):
 
     def work(self, fit: Evaluator) -> int:
         """Prompts and windows of all different draws, for every head and for the unpruned model."""
-        asked = len(fit.prompts) / len(fit.prompts.markers) * sum(map(len, set(self._marker_draws(fit))))
-        read = sum(map(len, set(self._window_draws(fit))))
-        return (round(asked) + read) * (1 + UnitSpace.of(fit.model).n_heads)
+        asked = sum(len(draw.of(fit.prompts)) for draw in set(self.prompt_draws(fit)))
+        read = sum(map(len, set(self.window_draws(fit))))
+        return (asked + read) * (1 + UnitSpace.of(fit.model).n_heads)
 
     @torch.no_grad()
     def score(
@@ -168,27 +184,27 @@ class Fasp(Settings):
         means: for mean ablation: what a removed head gives instead of zero.
         """
         model = fit.model
-        marker_draws, window_draws = self._marker_draws(fit), self._window_draws(fit)
+        prompt_draws, window_draws = self.prompt_draws(fit), self.window_draws(fit)
         with masked(model, mask):
             bias = {
-                draw: biases(model, of_markers(fit.prompts, draw), fit.batch_size, means, advance)
-                for draw in dict.fromkeys(marker_draws)
+                draw: biases(model, draw.of(fit.prompts), fit.batch_size, means, advance)
+                for draw in dict.fromkeys(prompt_draws)
             }
             loss = {
                 draw: log_perplexities(model, _windows(fit, draw), means, advance)
                 for draw in dict.fromkeys(window_draws)
             }
-        by_seed = np.stack([bias[draw] for draw in marker_draws]), np.stack([loss[draw] for draw in window_draws])
+        by_seed = np.stack([bias[draw] for draw in prompt_draws]), np.stack([loss[draw] for draw in window_draws])
         neurons = np.full((self.seeds, UnitSpace.of(model).n_neurons), np.nan)
         # Row 0 of each result is the unpruned model; the heads come first in the flat order of units.
         after = [np.concatenate([found[:, 1:], neurons], axis=1) for found in by_seed]
         return HeadRemovals(*after, *(found[:, 0] for found in by_seed))
 
-    def _marker_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
-        """Per seed, the flat positions of the drawn markers, ascending."""
+    def prompt_draws(self, fit: Evaluator) -> list[PromptDraw]:
+        """Per seed, what is asked."""
         markers, groups = np.array(fit.prompts.markers), fit.prompts.groups
 
-        def draw(seed: int) -> tuple[int, ...]:
+        def draw(seed: int) -> PromptDraw:
             rng = np.random.default_rng(seed)
             chosen: list[int] = []
             for group in np.unique(groups):
@@ -196,11 +212,12 @@ class Fasp(Settings):
                 half = max(2, (len(members) + 1) // 2)
                 size = self.markers if self.markers is not None else min(DRAW_MARKERS, half)
                 chosen += rng.permutation(members)[:size].tolist()
-            return tuple(sorted(chosen))
+            scenarios = rng.permutation(fit.prompts.scenarios)[: self.scenarios].tolist()
+            return PromptDraw(tuple(sorted(chosen)), tuple(sorted(scenarios)))
 
         return [draw(seed) for seed in range(self.seeds)]
 
-    def _window_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
+    def window_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
         """Per seed, the numbers of the drawn windows, ascending."""
         assert fit.text is not None, "fasp needs neutral text"
         count = len(fit.text.windows)
@@ -208,13 +225,6 @@ class Fasp(Settings):
             tuple(sorted(np.random.default_rng(seed).permutation(count)[: self.windows].tolist()))
             for seed in range(self.seeds)
         ]
-
-
-def of_markers(prompts: PromptSet, markers: tuple[int, ...]) -> PromptSet:
-    """The prompts of some markers only, given by flat position, ascending."""
-    kept = tuple(prompt for prompt in prompts.prompts if prompt.marker in markers)
-    inside = np.isin(prompts.markers, markers)
-    return PromptSet(prompts.suite, kept, markers, prompts.groups[inside])
 
 
 def _windows(fit: Evaluator, numbers: tuple[int, ...]) -> NeutralText:

@@ -86,7 +86,7 @@ def loss_sensitivity(
     for numbers in text.batches():
         windows = [text.windows[n] for n in numbers]
         gates = Gates.ones(model, (len(windows), 1), means)  # a gate per window, at all of its positions
-        with gated(model, gates):
+        with gated(model, gates), model.arithmetic():
             window_losses(model, windows).sum().backward()  # type: ignore[no-untyped-call]
         gradients = [gate.grad[:, 0].abs().sum(dim=0).cpu() for gate in gates.leaves() if gate.grad is not None]
         joined = torch.cat(gradients)  # (units,)

@@ -72,6 +72,7 @@ class Recorder:
                 "type": self.model.model.config.model_type,
                 "fingerprint": self.model.fingerprint,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
+                "matmul_precision": self.model.matmul_precision,
                 "device": device_name(self.model),
             },
             "threads": torch.get_num_threads(),
