@@ -13,11 +13,13 @@ import pytest
 import torch
 from command import Command, Outcome, save_model, write_suite, write_text
 from safetensors.numpy import load_file
-from tiny import all_logits
+from tiny import all_logits, tiny_model
 
 import secateur
 from secateur.api import compare as compare_again
+from secateur.errors import NumericalError, SettingError
 from secateur.evaluation import Evaluator
+from secateur.measures.disparity import Interval
 from secateur.search.methods import METHODS, method
 from secateur.studies.compare import CompareSettings, MethodResult
 
@@ -36,7 +38,12 @@ def run(call: Command, directory: Path, output: Path, *options: str, methods: st
 def test_compare_writes_a_table_of_all_methods(tmp_path: Path, output: Path, call: Command) -> None:
     outcome = run(call, tmp_path, output)
     assert (outcome.status, outcome.err) == (0, "")
-    assert sorted(path.name for path in output.iterdir()) == ["compare.csv", "compare.json", "report.html"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "compare.csv",
+        "compare.json",
+        "measured.sqlite",
+        "report.html",
+    ]
     result = json.loads((output / "compare.json").read_text())
     assert {found["name"] for found in result["methods"]} == set(COMPARED)
     reductions = [found["reduction"]["value"] for found in result["methods"] if found["reduction"] is not None]
@@ -55,10 +62,79 @@ def test_compare_writes_a_table_of_all_methods(tmp_path: Path, output: Path, cal
     assert call("show", output).status == 0
 
 
-def test_random_shows_its_spread(tmp_path: Path, output: Path, call: Command) -> None:
-    run(call, tmp_path, output, methods="random")
+@pytest.mark.parametrize("limit", ["5", "0.000001"])
+def test_random_shows_its_spread_whatever_it_chose(tmp_path: Path, output: Path, call: Command, limit: str) -> None:
+    outcome = run(call, tmp_path, output, "--max-perplexity-increase", limit, methods="random")
     (found,) = json.loads((output / "compare.json").read_text())["methods"]
-    assert len(found["random_reductions"]) == (3 if found["status"] == "chosen" else 0)
+    assert len(found["random_reductions"]) == 3
+    assert f"3 draws of {'the chosen' if found['status'] == 'chosen' else 'one'} size" in outcome.out
+    assert "3 draws on the test part" in (output / "report.html").read_text()
+
+
+def test_draws_are_few_only_where_nobody_asked_for_many() -> None:
+    assert CompareSettings(quick=True).reduced().random_draws == 5
+    assert CompareSettings(quick=True, random_draws=30).reduced().random_draws == 30
+
+
+def test_methods_that_do_not_suit_the_model_are_listed_unless_asked_for(tmp_path: Path, output: Path) -> None:
+    model = tiny_model("gpt2")
+    told = {"utility_text": write_text(tmp_path), "control_suite": None, "random_draws": 1, "quick": True}
+    with pytest.raises(SettingError, match=r"^fairness-pruning: .* do not have; set its importance to l2"):
+        compare_again(model, write_suite(tmp_path), methods=("fairness-pruning",), **told)
+    result = compare_again(model, write_suite(tmp_path), max_perplexity_increase=5, output=output, **told)
+    unsuited = {found.name: found for found in result.methods if found.status == "does not apply"}
+    assert set(unsuited) == {"fairness-pruning"}
+    assert "set its importance to l2" in unsuited["fairness-pruning"].notes[0]
+    assert {found.name for found in result.methods} == set(METHODS)
+    assert "fairness-pruning (does not apply)" in (output / "report.html").read_text()
+
+
+def test_a_mask_that_leaves_no_finite_answer_is_over_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluate = Evaluator.evaluate
+
+    def broken(self: Evaluator, mask: Any = None, *arguments: Any, **options: Any) -> Any:
+        if mask is not None and mask.neurons_removed > 10:
+            raise NumericalError("not finite")
+        return evaluate(self, mask, *arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "evaluate", broken)
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    told = {"utility_text": write_text(tmp_path), "control_suite": None, "random_draws": 1}
+    settings = {"methods": ("magnitude",), "max_perplexity_increase": 5, "output": tmp_path / "run", **told}
+    (found,) = compare_again(model, write_suite(tmp_path), **settings).methods
+    destroyed = [candidate for candidate in found.candidates if candidate.neurons > 10]
+    assert destroyed
+    assert not any(candidate.within_limit for candidate in destroyed)
+    fields = json.loads((tmp_path / "run" / "compare.json").read_text())["methods"][0]
+    again = MethodResult.from_dict(fields)
+    assert [c.perplexity_increase for c in again.candidates] == [c.perplexity_increase for c in found.candidates]
+
+
+def test_a_choice_that_breaks_the_limit_on_test_comes_after_those_that_keep_to_it() -> None:
+    def found(name: str, reduction: float, *faults: str) -> MethodResult:
+        figures = {"reduction": Interval(reduction, 0, 1), "perplexity_increase": Interval(0.01, 0, 1)}
+        return MethodResult(name, {}, "chosen", [], 0, 0, 0, 0.0, faults=list(faults), **figures)
+
+    nothing = MethodResult("d", {}, "over the limit", [], 0, 0, 0, 0.0)
+    over = found("b", 0.9, "perplexity rose by 5.00%, above the limit of 2%")
+    ordered = sorted([nothing, over, found("a", 0.2), found("c", 0.5, "no effect")], key=lambda one: one.order)
+    assert [one.name for one in ordered] == ["c", "a", "b", "d"]
+
+
+def test_the_seed_of_a_study_is_that_of_its_methods_unless_it_is_set() -> None:
+    assert method("random").seeded(3).scorer.seed == 3
+    assert method("fasp").seeded(3).scorer.seed == 3
+    assert method("random", {"seed": "7"}).seeded(3).scorer.seed == 7
+    assert method("attribution").seeded(3).settings == method("attribution").settings
+
+
+def test_show_tells_of_a_run_that_has_only_begun(tmp_path: Path, call: Command) -> None:
+    partial = tmp_path / "run.partial"
+    partial.mkdir()
+    (partial / "partial.json").write_text(json.dumps({"key": {}}))
+    assert "no candidate was measured yet" in call("show", tmp_path / "run").out
+    (partial / "partial.json").write_text(json.dumps({"key": {}, "methods": []}))
+    assert "finished: no method yet" in call("show", tmp_path / "run").out
 
 
 def test_compare_carries_on_where_it_was_interrupted(
@@ -70,7 +146,7 @@ def test_compare_carries_on_where_it_was_interrupted(
 
     def stop_in_the_second_method(self: Evaluator, *arguments: Any, **options: Any) -> Any:
         state = output.with_name("run.partial") / "partial.json"
-        if state.exists():
+        if json.loads(state.read_text())["methods"]:
             raise KeyboardInterrupt
         seen.append(1)
         return evaluate(self, *arguments, **options)

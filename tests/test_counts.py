@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scoring import SUITE
+from tiny import tiny_model
 
 from secateur.errors import SettingError
 from secateur.scoring.base import Ranking
@@ -111,13 +113,23 @@ def test_two_zeros_are_refused() -> None:
         method("random", {"heads": "0", "neurons": "0"})
 
 
-@pytest.mark.parametrize(("setting", "number"), [("heads", HEADS), ("neurons", UNITS - HEADS)])
-def test_a_count_above_the_units_is_refused_before_scoring(setting: str, number: int) -> None:
-    problem = Scored(ranks(0))
-    with pytest.raises(SettingError, match=f"^The model has {number} {setting}, so {number + 1} of them cannot"):
-        proposed(Counts.model_validate({setting: number + 1}), problem)
-    assert problem.asked == 0
-    assert proposed(Counts.model_validate({setting: number}), problem)
+@pytest.mark.parametrize("setting", ["heads", "neurons"])
+def test_a_count_above_the_units_is_refused_at_the_door(setting: str) -> None:
+    model = tiny_model()
+    space = UnitSpace.of(model)
+    number = {"heads": space.n_heads, "neurons": space.n_neurons}[setting]
+    method("random", {setting: number}).check(model, SUITE)
+    with pytest.raises(SettingError, match=f"^random: the model has {number} {setting}, so {number + 1} of them"):
+        method("random", {setting: number + 1}).check(model, SUITE)
+
+
+def test_a_kind_that_the_method_does_not_score_is_refused_at_the_door() -> None:
+    model = tiny_model()
+    method("fairness-pruning", {"heads": 0, "neurons": 5}).check(model, SUITE)
+    with pytest.raises(SettingError, match="scores neurons only; leave the setting 'heads' out"):
+        method("fairness-pruning", {"heads": 2}).check(model, SUITE)
+    with pytest.raises(SettingError, match="'neurons' is 0, and the method scores no others"):
+        method("fairness-pruning", {"neurons": 0}).check(model, SUITE)
 
 
 def test_units_that_are_not_scored_are_never_removed() -> None:
@@ -128,10 +140,6 @@ def test_units_that_are_not_scored_are_never_removed() -> None:
     assert sizes(found, "heads") == []
     assert sizes(found, "neurons") == [16]  # 64 are left, and a range ends at half
     assert all((selection.removed >= HEADS + 64).all() for selection in found)
-    with pytest.raises(SettingError, match="scores 0 heads, so 2 of them cannot be removed"):
-        proposed(Counts(heads=2), Scored(rank))
-    with pytest.raises(SettingError, match="scores 64 neurons, so 65 of them cannot be removed"):
-        proposed(Counts(neurons=65), Scored(rank))
 
 
 @given(st.integers(1, 50), st.integers(0, 5000), st.floats(1.0, 1e308, exclude_min=True))

@@ -194,7 +194,7 @@ def test_measures_that_need_a_gate_are_refused_where_there_is_none(name: str, sc
     for kind in kinds:
         chosen = method(scorer, {"importance": kind})
         if name.split("-")[0] in PLAIN:
-            with pytest.raises(SettingError, match=r"do not have; use --set importance=l2\.$"):
+            with pytest.raises(SettingError, match=r"do not have; set its importance to l2\.$"):
                 chosen.check(model, suite)
         else:
             chosen.check(model, suite)

@@ -232,6 +232,5 @@ def test_small_models_get_counts_up_to_half_of_their_heads() -> None:
 
 @pytest.mark.parametrize("options", [{"top": 9}, {"exclude": 9}])
 def test_more_heads_than_there_are_is_refused(options: dict[str, int]) -> None:
-    units = np.arange(8.0)
-    with pytest.raises(SettingError, match="The model has 8 heads"):
-        proposed(SetDifference(**options), Sized(units, units), lambda n: True)
+    with pytest.raises(SettingError, match=r"the model has 8 heads, so '.*' cannot be 9; set it to 4 or less"):
+        SetDifference(**options).check(model_of(), NameAttention(), "zero")

@@ -183,7 +183,7 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     result = read(output / "result.json")
     assert outcome.err == ""
     assert outcome.status == (0 if result["verdict"] == "verified" else 3)
-    names = ["checkpoint", "mask.safetensors", "plan.json", "report.html", "result.json", "run.json"]
+    names = ["checkpoint", "mask.safetensors", "measured.sqlite", "plan.json", "report.html", "result.json", "run.json"]
     assert sorted(path.name for path in output.iterdir()) == names
     assert [path.name for path in output.parent.iterdir()] == ["run"]
 
@@ -288,7 +288,12 @@ def test_repair_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 def test_repair_where_nothing_passes(tmp_path: Path, output: Path, call: Command) -> None:
     outcome = repair(call, tmp_path, output, seed=FAILING, limit="0.000001")
     assert (outcome.status, outcome.err) == (4, "")
-    assert sorted(path.name for path in output.iterdir()) == ["report.html", "result.json", "run.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "measured.sqlite",
+        "report.html",
+        "result.json",
+        "run.json",
+    ]
     result = read(output / "result.json")
     assert result["verdict"] == "not verified"
     assert result["units"] is result["test"] is result["utility"] is None

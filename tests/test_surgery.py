@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
-from secateur.surgery import write_checkpoint
+from secateur.surgery import check_ablation_fits, write_checkpoint
 from secateur.units import ActivationMeans, Mask, Unit, UnitSpace, masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,3 +186,14 @@ def test_checkpoint_loads_without_secateur(tmp_path: Path) -> None:
     for mask, directory in zip(masks, directories, strict=True):
         logits = torch.load(directory / "logits.pt")
         torch.testing.assert_close(logits, masked_logits(model, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_means_are_refused_at_the_door_exactly_where_no_checkpoint_could_carry_them(name: str) -> None:
+    model = tiny_model(name)
+    check_ablation_fits(model, "zero")
+    if name in CARRIES_MEANS:
+        check_ablation_fits(model, "mean")
+    else:
+        with pytest.raises(MaskError, match="no bias that could carry the means of removed units; use zero ablation"):
+            check_ablation_fits(model, "mean")

@@ -287,10 +287,10 @@ def test_percentages_out_of_range_are_refused(options: dict[str, float]) -> None
 
 def test_weights_with_mean_ablation_are_refused_before_any_scoring() -> None:
     problem = problem_of(mean=True)
-    before = problem.model.usage.copy()
     with pytest.raises(SettingError, match="ablation zero"):
-        next(PercentDifference().proposals(problem, WandaDifference(granularity="weight")))
-    assert problem.model.usage == before
+        PercentDifference().check(problem.model, WandaDifference(granularity="weight"), "mean")
+    PercentDifference().check(problem.model, WandaDifference(granularity="weight"), "zero")
+    PercentDifference().check(problem.model, WandaDifference(), "mean")
     assert next(PercentDifference().proposals(problem, WandaDifference())).kind == "neurons"
 
 

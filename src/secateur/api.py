@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.store import Store
 from secateur.files import OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
+from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.reports.html import render_audit, render_compare, render_repair
@@ -21,13 +25,15 @@ from secateur.studies import repair as repairs
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
+from secateur.studies.parts import StudySettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.suites import Suite, load_suite, suite_hash
-from secateur.surgery import write_checkpoint
+from secateur.surgery import check_ablation_fits, write_checkpoint
 
 SPARE_BYTES = 50_000_000
 STATE = "partial.json"
+MEASURED = "measured.sqlite"
 
 
 def audit(
@@ -108,24 +114,31 @@ def repair(
     Raises
     ------
     SuiteError, SettingError, DataError: something asked for is unknown or too small.
+    MaskError: mean ablation is asked for, and the family's checkpoints cannot carry it.
     NumericalError: the model's answers are not finite.
     OutputError: the directory exists or cannot be written.
     """
     suite = load_suite(suite)
     chosen = RepairSettings(**settings)
     chosen.check()
-    needed = SPARE_BYTES + checkpoint_bytes(model)
-    directory = None if output is None else OutputDirectory.open(output, overwrite, needed)
+    progress = progress or Progress()
+    if output is None:
+        return repairs.repair(model, suite, chosen, progress=progress)
+    check_ablation_fits(model, chosen.ablation)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model), carry_on=True)
+    key = _run_key("repair", model, suite, chosen)
     with writing(directory):
-        if directory is None:
-            return repairs.repair(model, suite, chosen, progress=progress)
-        partial = directory
+        if _left_by(directory, key) is not None:
+            progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
-        def save_partial(state: dict[str, Any]) -> None:
-            partial.write_json("partial.json", state)
+        def save(state: dict[str, Any]) -> None:
+            directory.write_json(STATE, {"key": key, **state})
 
-        result = repairs.repair(model, suite, chosen, progress=progress, save_partial=save_partial)
+        save({})
+        with Store(directory.staging / MEASURED, model.fingerprint) as store:
+            result = repairs.repair(model, suite, chosen, progress=progress, save_partial=save, store=store)
         _write_repair(result, model, directory)
+    (directory.target / STATE).unlink(missing_ok=True)
     return result
 
 
@@ -194,36 +207,56 @@ def compare(
     if output is None:
         return comparisons.compare(model, suite, chosen, progress=progress)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
-    key = {
-        "model": model.fingerprint,
-        "arithmetic": [str(model.dtype), model.matmul_precision],
-        "suite": suite_hash(suite),
-        "settings": chosen.as_dict(),
-    }
+    key = _run_key("compare", model, suite, chosen)
     with writing(directory, keep=True):
-        done = _remembered(directory, key)
-        if done:
-            progress.say(f"Carrying on an interrupted run; finished: {', '.join(done)}")
+        state = _left_by(directory, key)
+        done = {} if state is None else {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
+        if state is not None:
+            progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
+
+        def save() -> None:
+            directory.write_json(STATE, {"key": key, "methods": [asdict(one) for one in done.values()]})
 
         def remember(found: MethodResult) -> None:
             done[found.name] = found
-            directory.write_json(STATE, {"key": key, "methods": [asdict(one) for one in done.values()]})
+            save()
 
-        result = comparisons.compare(model, suite, chosen, progress=progress, remembered=dict(done), remember=remember)
+        save()
+        with Store(directory.staging / MEASURED, model.fingerprint) as store:
+            result = comparisons.compare(
+                model, suite, chosen, progress=progress, remembered=dict(done), remember=remember, store=store
+            )
         directory.write_json("compare.json", result.as_dict())
         write_text(directory.staging / "compare.csv", result.csv())
         write_text(directory.staging / "report.html", render_compare(result))
-        (directory.staging / STATE).unlink(missing_ok=True)
+    (directory.target / STATE).unlink(missing_ok=True)
     return result
 
 
-def _remembered(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, MethodResult]:
-    """The results of an interrupted run with the same key; anything else that it left is removed."""
+def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySettings) -> dict[str, Any]:
+    """What two runs must have in common for one to carry on the other, as plain data."""
+    control = None if settings.control_suite is None else suite_hash(load_suite(settings.control_suite))
+    text = hashlib.sha256("\n\n".join(read_passages(settings.utility_text)).encode()).hexdigest()
+    key = {
+        "study": study,
+        "version": version("secateur"),
+        "model": model.fingerprint,
+        "arithmetic": [str(model.dtype), model.matmul_precision],
+        "suite": suite_hash(suite),
+        "control": control,
+        "text": text,
+        "settings": settings.as_dict(),
+    }
+    return dict(json.loads(to_json(key)))
+
+
+def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of an interrupted run with the same key; what any other has left is removed."""
     state = directory.read_json(STATE)
-    if isinstance(state, dict) and json.loads(to_json(key)) == state.get("key"):
-        return {fields["name"]: MethodResult.from_dict(fields) for fields in state["methods"]}
+    if isinstance(state, dict) and state.get("key") == key:
+        return state
     directory.clear()
-    return {}
+    return None
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
@@ -254,4 +287,3 @@ def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputD
     if result.plan is not None:
         result.plan.save(directory.staging)
         write_checkpoint(model, result.plan.mask, directory.staging / "checkpoint")
-    (directory.staging / "partial.json").unlink(missing_ok=True)

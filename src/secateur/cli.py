@@ -197,7 +197,9 @@ def compare(
     utility_text: UtilityText = None,
     utility_tokens: UtilityTokens = 6144,
     max_markers: MaxMarkers = 0,
-    random_draws: Annotated[int, typer.Option(help="Random masks whose spread is shown.")] = 20,
+    random_draws: Annotated[
+        int | None, typer.Option(help="Random masks whose spread is shown [default: 20, with --quick 5].")
+    ] = None,
     control_suite: ControlSuite = "control-colour",
     dtype: Dtype = "auto",
     matmul_precision: Precision = "highest",

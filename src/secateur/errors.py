@@ -31,3 +31,7 @@ class NumericalError(SecateurError):
 
 class SettingError(SecateurError):
     """A setting is unknown or out of its range."""
+
+
+class StoreError(SecateurError):
+    """A store of measured masks belongs to another model or version, is locked, damaged or cannot be written."""

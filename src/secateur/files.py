@@ -50,14 +50,15 @@ class OutputDirectory:
         staging = target.with_name(target.name + PARTIAL_SUFFIX)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if staging.exists() and not carry_on:
+            left = staging.exists()
+            if left and not carry_on:
                 shutil.rmtree(staging)
             staging.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
-            if not carry_on:
+            if not (left and carry_on):
                 shutil.rmtree(staging, ignore_errors=True)
             raise OutputError(
                 f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
+from secateur.evaluation.store import Store
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, pack
 from secateur.measures.disparity import Interval, Table
 from secateur.measures.prompts import PromptSet
@@ -21,6 +23,7 @@ from secateur.measures.utility import (
 )
 from secateur.models import LanguageModel
 from secateur.progress import Advance
+from secateur.suites import suite_hash
 from secateur.units import masked
 from secateur.weights import AnyMask
 
@@ -51,6 +54,7 @@ class Evaluator:
     batch_size: prompts in one forward pass.
     divergence: also measure KL(unpruned || masked) with the utility; keeps the unpruned model's
         hidden states, (tokens, hidden).
+    store: keeps every figure for other processes and later runs, or None.
     """
 
     model: LanguageModel
@@ -58,10 +62,21 @@ class Evaluator:
     text: NeutralText | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
     divergence: bool = False
-    _y: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
-    _nll: dict[bytes, np.ndarray] = field(init=False, default_factory=dict)
-    _kl: dict[bytes, float] = field(init=False, default_factory=dict)
+    store: Store | None = None
+    _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
+
+    @cached_property
+    def part(self) -> str:
+        """A hash of what a figure depends on besides weights and mask: what is asked, how, and the arithmetic."""
+        model, digest = self.model, hashlib.sha256()
+        digest.update(repr((str(model.dtype), model.matmul_precision, self.batch_size)).encode())
+        digest.update(suite_hash(self.prompts.suite).encode())
+        for prompt in self.prompts.prompts:
+            digest.update(repr((prompt.scenario, prompt.marker, prompt.context, prompt.answers)).encode())
+        for window in () if self.text is None else self.text.windows:
+            digest.update(repr((window.start, window.tokens.tolist())).encode())
+        return digest.hexdigest()[:32]
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -82,29 +97,51 @@ class Evaluator:
         utility: also the likelihood of the neutral text.
         """
         key = _key(mask)
-        if utility and self.divergence and key and not self._unpruned:
-            self.evaluate(None, utility=True)
+        known = self._recall(key)
+        if utility and self.divergence and "kl" not in known and not self._unpruned:
+            self._unpruned = hidden_states(self.model, self._text)
         with masked(self.model, mask):
-            if key not in self._y:
-                self._y[key] = measure_y(self.model, self.prompts, self.batches, advance).numpy().astype(float)
+            if "y" not in known:
+                y = measure_y(self.model, self.prompts, self.batches, advance).numpy().astype(float)
+                self._remember(key, {"y": y})
             else:
                 advance(len(self.prompts))
-            if utility and key not in self._nll:
-                states = hidden_states(self.model, self._text, advance)
-                self._nll[key] = negative_log_likelihood(self.model, self._text, states)
-                if self.divergence and key:
-                    self._kl[key] = kl_divergence(self.model, self._unpruned, states)
-                elif self.divergence:
-                    self._unpruned, self._kl[key] = states, 0.0
-            elif utility:
-                advance(len(self._text.windows))
-        table = Table(self.prompts.table(self._y[key]), self.prompts.groups)
-        return Measurement(table, self._nll[key] if utility else None)
+            if utility:
+                self._read(key, advance)
+        table = Table(self.prompts.table(known["y"]), self.prompts.groups)
+        return Measurement(table, known["nll"] if utility else None)
+
+    def _read(self, key: bytes, advance: Advance) -> None:
+        """Measure the likelihood of the text, and KL where it is wanted, of the model as it is."""
+        known = self._known[key]
+        if "nll" in known and ("kl" in known or not self.divergence):
+            advance(len(self._text.windows))
+            return
+        if self._unpruned and not key:
+            states = self._unpruned
+            advance(len(self._text.windows))
+        else:
+            states = hidden_states(self.model, self._text, advance)
+        figures = {"nll": negative_log_likelihood(self.model, self._text, states)}
+        if self.divergence:
+            figures["kl"] = np.array(kl_divergence(self.model, self._unpruned, states) if key else 0.0)
+        self._remember(key, figures)
+
+    def _recall(self, key: bytes) -> dict[str, np.ndarray]:
+        """All that is known of a mask."""
+        if key not in self._known:
+            self._known[key] = {} if self.store is None else self.store.get(self.part, key)
+        return self._known[key]
+
+    def _remember(self, key: bytes, figures: dict[str, np.ndarray]) -> None:
+        self._known[key].update(figures)
+        if self.store is not None:
+            self.store.put(self.part, key, figures)
 
     def y(self, mask: AnyMask | None = None) -> np.ndarray:
         """y of every prompt under a mask, (prompts,)."""
         self.evaluate(mask)
-        return self._y[_key(mask)]
+        return self._known[_key(mask)]["y"]
 
     def perplexity(self, mask: AnyMask | None = None) -> float:
         """Perplexity of the neutral text under a mask."""
@@ -118,7 +155,7 @@ class Evaluator:
         """KL(unpruned || masked) on the neutral text, nats per token; see ``divergence``."""
         self.evaluate(None, utility=True)
         self.evaluate(mask, utility=True)
-        return self._kl[_key(mask)]
+        return float(self._known[_key(mask)]["kl"])
 
     @property
     def _text(self) -> NeutralText:

@@ -127,7 +127,7 @@ class LanguageModel:
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Within the context, fp32 matrices are multiplied in the model's precision, also in backward passes."""
-        return _multiplying(self.matmul_precision)
+        return multiplying(self.matmul_precision)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Last hidden state after the final norm, (batch, tokens, hidden); counts the tokens."""
@@ -152,7 +152,7 @@ class LanguageModel:
         bias: Tensor | None = getattr(head, "bias", None)
         hidden = hidden.to(weight.device).float()
         if weight.dtype == torch.float32:
-            with _multiplying("highest"), fast_linear():
+            with multiplying("highest"), fast_linear():
                 logits = nn.functional.linear(hidden, weight)
         else:  # chunks keep the fp32 copy of the vocabulary small
             chunks = (nn.functional.linear(hidden, part.float()) for part in weight.split(VOCABULARY_CHUNK))
@@ -192,7 +192,8 @@ class LanguageModel:
 
 
 @contextmanager
-def _multiplying(precision: MatmulPrecision) -> Iterator[None]:
+def multiplying(precision: MatmulPrecision) -> Iterator[None]:
+    """Within the context, the process multiplies fp32 matrices in this precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -170,9 +170,9 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
             name=name,
             legendgroup=name,
             marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.55},
-            customdata=[[c.heads, c.neurons, 100 * c.perplexity_increase] for c in found.candidates],
-            hovertemplate=f"{name}, select<br>%{{customdata[0]}} heads, %{{customdata[1]}} neurons<br>"
-            "B %{y:.2f}, perplexity %{customdata[2]:+.2f} %<extra></extra>",
+            customdata=[[_units(c), 100 * c.perplexity_increase] for c in found.candidates],
+            hovertemplate=f"{name}, select<br>%{{customdata[0]}}<br>"
+            "B %{y:.2f}, perplexity %{customdata[1]:+.2f} %<extra></extra>",
         )
         if found.bias_after is not None and found.perplexity_increase is not None:
             bias, increase = found.bias_after, found.perplexity_increase
@@ -187,9 +187,26 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
                 marker={"color": colour, "symbol": symbol, "size": 15, "line": {"width": 1.5, "color": "white"}},
                 hovertemplate=f"{name}, chosen, test<br>B %{{y:.2f}}, perplexity %{{x:+.2f}} %<extra></extra>",
             )
+    before = next((found.bias_before for found in methods if found.bias_before is not None), None)
+    if before is not None:
+        figure.add_scatter(
+            x=[0],
+            y=[before.value],
+            error_y=_bar(before.value, before.low, before.high, 1),
+            mode="markers",
+            name="unpruned, test",
+            marker={"color": BEFORE, "symbol": "x", "size": 11},
+            hovertemplate="unpruned, test<br>B %{y:.2f}<extra></extra>",
+        )
     figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
     figure.update_yaxes(rangemode="tozero")
-    return _style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="held-out bias B")
+    return _style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="bias B")
+
+
+def _units(candidate: CandidateRecord) -> str:
+    if candidate.weights:
+        return f"{candidate.weights:,} single weights"
+    return f"{candidate.heads} heads, {candidate.neurons} neurons"
 
 
 def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
@@ -202,12 +219,13 @@ def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
 
 
 def cost_figure(methods: list[MethodResult]) -> go.Figure:
-    """Tokens forwarded by every method, to score the units and afterwards to choose."""
+    """Tokens by every method: forward to score the units and to choose, and backward."""
     names = [escape(found.name) for found in methods]
     figure = go.Figure()
     parts = (
         ("to score the units", AFTER, [found.localise_tokens for found in methods]),
         ("to choose and to judge", NEUTRAL, [found.tokens_forward - found.localise_tokens for found in methods]),
+        ("backward", BEFORE, [found.tokens_backward for found in methods]),
     )
     for label, colour, tokens in parts:
         figure.add_bar(
@@ -220,4 +238,4 @@ def cost_figure(methods: list[MethodResult]) -> go.Figure:
             hovertemplate="%{y}: %{x:,} tokens " + label + "<br>%{customdata[0]:.0f} s in all<extra></extra>",
         )
     figure.update_yaxes(autorange="reversed")
-    return _style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens forwarded")
+    return _style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens")

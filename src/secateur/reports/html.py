@@ -54,7 +54,7 @@ def render_compare(result: CompareResult) -> str:
         result.run,
         result=result,
         example=_example(result.suite),
-        draws=next((found.random_reductions for found in result.methods if found.random_reductions), []),
+        drawn=next((found for found in result.methods if found.random_reductions), None),
         pareto_figure=_picture(pareto_figure(result.methods, result.limit)),
         cost_figure=_picture(cost_figure(result.methods)),
     )

@@ -147,6 +147,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         if test["control_change"] is not None:
             lines.append(f"Control suite     {test['control_suite']}: change of B {_interval(test['control_change'])}")
     lines += [
+        *result.get("notes", []),
         f"Verdict: {result['verdict']}. {result['explanation']}",
         f"{result['seconds']:.0f} s, {result['tokens_forward']:,} tokens forward, "
         f"{result['tokens_backward']:,} backward",
@@ -184,7 +185,7 @@ def compare_table(result: CompareResult) -> Table:
             table.add_row(found.name, "", "", found.status, "", "", *cost, style="dim")
             continue
         table.add_row(
-            found.name,
+            f"{found.name}{' *' if found.faults else ''}",
             f"{found.weights:,}\nweights" if found.weights else f"{found.heads}\n{found.neurons:,}",
             f"{bias[0].value:.2f}\n{bias[1].value:.2f}",
             _stacked(found.reduction, 0),
@@ -205,12 +206,13 @@ def compare_lines(result: CompareResult) -> list[str]:
     """The lines under a comparison's table."""
     lines = []
     for found in result.methods:
+        lines += [f"* {found.name} is not proven: {'; '.join(found.faults)}."] if found.faults else []
         lines += [f"{found.name}: {note}" for note in found.notes]
         if found.random_reductions:
             draws = found.random_reductions
             lines.append(
-                f"random: {len(draws)} draws of the chosen size changed the bias by {-max(draws):+.0%} to "
-                f"{-min(draws):+.0%}, mean {-sum(draws) / len(draws):+.0%}"
+                f"random: {len(draws)} draws of {'the chosen' if found.reduction else 'one'} size changed the bias by "
+                f"{-max(draws):+.0%} to {-min(draws):+.0%}, mean {-sum(draws) / len(draws):+.0%}"
             )
     usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
@@ -277,23 +279,36 @@ def _compare_lines(result: dict[str, Any]) -> list[str]:
             lines.append(f"  {found['name']}: {found['status']}")
         else:
             lines.append(
-                f"  {found['name']}: {found['heads']} heads, {found['neurons']} neurons, reduction "
-                f"{_percent(found['reduction'])}, perplexity {_percent(found['perplexity_increase'], 2)}"
+                f"  {found['name']}: {_units(found)}, reduction {_percent(found['reduction'])}, perplexity "
+                f"{_percent(found['perplexity_increase'], 2)}{_marks(found['faults'])}"
             )
     return lines
 
 
+def _marks(faults: list[str]) -> str:
+    return f" (not proven: {'; '.join(faults)})" if faults else ""
+
+
 def _partial_lines(state: dict[str, Any]) -> list[str]:
     if "methods" in state:
-        done = ", ".join(found["name"] for found in state["methods"])
+        done = ", ".join(found["name"] for found in state["methods"]) or "no method yet"
         return [f"Interrupted comparison; finished: {done}. The same command carries on."]
+    if "candidates" not in state:
+        return ["Interrupted repair; no candidate was measured yet. The same command carries on."]
     lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]
     for candidate in state["candidates"]:
         lines.append(
-            f"  {candidate['heads']} heads, {candidate['neurons']} neurons: bias B {candidate['bias']:.2f}, "
-            f"perplexity {candidate['perplexity_increase']:+.2%}"
+            f"  {_units(candidate)}: bias B {candidate['bias']:.2f}, perplexity {candidate['perplexity_increase']:+.2%}"
+            if candidate["bias"] is not None
+            else f"  {_units(candidate)}: the model's answers are not finite"
         )
-    return lines
+    return [*lines, "The same command carries on."]
+
+
+def _units(found: dict[str, Any]) -> str:
+    if found.get("weights"):
+        return f"{found['weights']:,} single weights"
+    return f"{found['heads']} heads, {found['neurons']} neurons"
 
 
 def suites_table(suites: list[Suite]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -14,11 +14,15 @@ from secateur.progress import Advance
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask
 
+UnitKind = Literal["heads", "neurons"]
+
 
 class Settings(BaseModel):
     """What a user may set of a method; unknown names and values out of range are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+    kinds: ClassVar[tuple[UnitKind, ...]] = ("heads", "neurons")
+    """Of a scorer: the kinds of units that it scores."""
 
     def quick(self) -> Self:
         """The same for a first look, at a fraction of the cost where :meth:`cheaper` names a way."""
@@ -27,6 +31,12 @@ class Settings(BaseModel):
     def cheaper(self) -> dict[str, Any]:
         """Settings for a first look; what a user has set stays as it is."""
         return {}
+
+    def seeded(self, seed: int) -> Self:
+        """The same with the seed of a study, where there is a seed and the user has not set it."""
+        if "seed" not in type(self).model_fields or "seed" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"seed": seed})
 
 
 class Scores(Protocol):
@@ -63,7 +73,9 @@ class Ranking:
 
 
 class Scorer(Protocol):
-    """Scores every unit of a model from the fit part of the data."""
+    """Scores every unit of a model, or those of one kind, from the fit part of the data."""
+
+    kinds: ClassVar[tuple[UnitKind, ...]]
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
         """Refuse, before anything is computed, a model or suite that the method cannot work on.

@@ -11,20 +11,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import Batch, pack
 from secateur.measures.prompts import PromptSet
 from secateur.measures.utility import NeutralText
 from secateur.models import LanguageModel
+from secateur.models.language_model import multiplying
 from secateur.progress import Advance
-from secateur.scoring.base import Ranking, Settings
+from secateur.scoring.base import Ranking, Settings, UnitKind
 from secateur.scoring.magnitude import check_importance, neuron_importance, peak_share
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
@@ -63,18 +65,24 @@ class FairnessPruning(Settings):
     Values, (units,), NaN for heads: ``bias`` and ``importance`` as above, and ``score``, 0 to 1.
     """
 
+    kinds: ClassVar[tuple[UnitKind, ...]] = ("neurons",)
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     importance: Literal["ppm", "vow", "pon", "l2", "data"] = "ppm"
     scope: Literal["layer", "global"] = "layer"
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
-        """Refuse an importance that needs a gate for a model that has none.
+        """Refuse an importance that needs a gate for a model that has none, and prompts that do not differ.
 
         Raises
         ------
-        SettingError: says to use l2.
+        SettingError: says what to use instead.
         """
         check_importance(model, self.importance)
+        if not suite.marks_prompts:
+            raise SettingError(
+                f"the suite '{suite.name}' has its markers in the answers only, so all prompts are alike to the "
+                "neurons; use another method, such as attribution."
+            )
 
     def work(self, fit: Evaluator) -> int:
         """Steps that :meth:`score` reports."""
@@ -145,7 +153,8 @@ def prompt_means(model: LanguageModel, prompts: PromptSet, batch_size: int) -> l
     parts: list[list[Tensor]] = [[] for _ in model.mlp_outputs]
 
     def collect(share: Tensor, layer: int, activation: Tensor) -> None:
-        parts[layer].append((share.to(activation.device) @ activation).cpu())
+        with multiplying("highest"):
+            parts[layer].append((share.to(activation.device) @ activation).cpu())
 
     for batch in pack(model, replace(prompts, prompts=contexts), batch_size):
         layout = batch.layout

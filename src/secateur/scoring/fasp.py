@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from secateur.models import LanguageModel
 from secateur.models.restart import recorded, restarted
 from secateur.progress import Advance
 from secateur.scoring.attribution import disparity
-from secateur.scoring.base import Settings
+from secateur.scoring.base import Settings, UnitKind
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
 
@@ -148,14 +148,17 @@ class Fasp(Settings):
         half of a group (at least 2), so that draws differ and their agreement tells something. Ours.
     scenarios: scenarios in one draw, all if there are fewer, with all of their paraphrases. Ours.
     windows: windows of the neutral text in one draw, all if it has fewer. Ours.
+    seed: of the draws; that of the study unless it is set.
 
     Draws that turn out equal are measured once.
     """
 
+    kinds: ClassVar[tuple[UnitKind, ...]] = ("heads",)
     seeds: Annotated[int, Field(ge=1)] = 3
     markers: Annotated[int | None, Field(ge=2)] = None
     scenarios: Annotated[int, Field(ge=1)] = 4
     windows: Annotated[int, Field(ge=1)] = 2
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def cheaper(self) -> dict[str, Any]:
         return {"seeds": 1, "markers": 2, "windows": 1}
@@ -205,7 +208,7 @@ class Fasp(Settings):
         markers, groups = np.array(fit.prompts.markers), fit.prompts.groups
 
         def draw(seed: int) -> PromptDraw:
-            rng = np.random.default_rng(seed)
+            rng = np.random.default_rng([self.seed, seed])
             chosen: list[int] = []
             for group in np.unique(groups):
                 members = markers[groups == group]
@@ -222,7 +225,7 @@ class Fasp(Settings):
         assert fit.text is not None, "fasp needs neutral text"
         count = len(fit.text.windows)
         return [
-            tuple(sorted(np.random.default_rng(seed).permutation(count)[: self.windows].tolist()))
+            tuple(sorted(np.random.default_rng([self.seed, seed]).permutation(count)[: self.windows].tolist()))
             for seed in range(self.seeds)
         ]
 

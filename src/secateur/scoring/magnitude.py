@@ -176,6 +176,6 @@ def check_importance(model: LanguageModel, importance: str) -> None:
     rows = sum(_stored(module).shape[1 if model.family.transposed else 0] for module in modules)
     if importance != "l2" and rows == model.neurons_per_layer[0]:
         raise SettingError(
-            f"The importance '{importance}' needs the gate of a gated MLP, which models of type "
-            f"'{model.model.config.model_type}' do not have; use --set importance=l2."
+            f"the importance '{importance}' needs the gate of a gated MLP, which models of type "
+            f"'{model.model.config.model_type}' do not have; set its importance to l2."
         )

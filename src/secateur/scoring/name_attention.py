@@ -4,7 +4,8 @@ For head h and one prompt, a_h is the mean (or the largest) attention weight ove
 after the marker and a key token of the marker. The score under a group is the mean of a_h over the
 group's prompts in a scenario, then over scenarios; the majority is the suite's first group, the minority the
 mean over all others. Heads high under the minority and not under the majority are candidates
-(see :class:`secateur.search.difference.SetDifference`).
+(see :class:`secateur.search.difference.SetDifference`): Ma, Salinas, Henderson and Nyarko, "Breaking Down Bias: On The
+Limits of Generalizable Pruning Strategies" (FAccT 2025, arXiv 2502.07771).
 
 What the method leaves open, and we chose: the mean over pairs, not the sum, so that a name of many tokens does
 not score higher for its length; queries up to the end of the prompt, answers left out; every scenario counts alike.
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,9 +30,8 @@ from secateur.measures.packing import Layout
 from secateur.measures.prompts import Prompt, PromptSet
 from secateur.models import LanguageModel
 from secateur.progress import Advance
-from secateur.scoring.base import Ranking, Settings
+from secateur.scoring.base import Ranking, Settings, UnitKind
 from secateur.suites import Suite
-from secateur.suites.schema import SLOT
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
 
 Variant = Literal["mean", "max"]
@@ -48,6 +48,7 @@ class NameAttention(Settings):
     Scenarios whose markers stand in the answers only, or at the very end of the prompt, are left out.
     """
 
+    kinds: ClassVar[tuple[UnitKind, ...]] = ("heads",)
     variant: Variant = "mean"
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
@@ -55,9 +56,9 @@ class NameAttention(Settings):
 
         The model reads two tokens to find out.
         """
-        if not any(SLOT in p.prompt + p.reply for scenario in suite.scenarios for p in scenario.paraphrases):
+        if not suite.marks_prompts:
             raise SettingError(
-                f"The suite '{suite.name}' has its markers in the answers only, so no token of a prompt can look back "
+                f"the suite '{suite.name}' has its markers in the answers only, so no token of a prompt can look back "
                 "at one; use another method, such as fasp or attribution."
             )
         with torch.no_grad(), attention_weights(model) as weights:

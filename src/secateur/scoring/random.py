@@ -20,7 +20,8 @@ class Random(Settings):
 
     Attributes
     ----------
-    seed: of the draws; equal seeds give equal orders for models with equal numbers of units. Default 0 (ours).
+    seed: of the draws; equal seeds give equal orders for models with equal numbers of units. That of the study
+        unless it is set (ours).
 
     Values: ``draw``, (units,). Prompts, text, mask and means do not matter.
     """

@@ -2,7 +2,8 @@
 
 S_ij = |W_ij| * ||X_j||_2, W a linear layer's weight (out, in) and X_j its input feature j at all tokens of
 all prompts of one group (Wanda; Sun et al., 2024). What is large under the prompts of the minority and not
-under those of the majority is taken to serve the bias (see ``search.percent_difference``).
+under those of the majority is taken to serve the bias (see ``search.percent_difference``): Ma, Salinas, Henderson and
+Nyarko, "Breaking Down Bias: On The Limits of Generalizable Pruning Strategies" (FAccT 2025, arXiv 2502.07771).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.packing import Layout, TokenTree, lay_out_rows, lay_out_trees, use_tree
 from secateur.measures.prompts import Prompt, PromptSet
 from secateur.models import LanguageModel
+from secateur.models.language_model import multiplying
 from secateur.progress import Advance
 from secateur.scoring.base import Ranking, Settings
 from secateur.suites import LikelihoodPair, Suite
@@ -189,7 +191,8 @@ def _record(
     rows, columns = layout.input_ids.shape
     inputs: Tensor = args[0].reshape(rows, columns, -1)  # OPT's MLP sees (rows * columns, inputs)
     at_nodes = inputs[layout.row.to(inputs.device), layout.column.to(inputs.device)]
-    squares = (counts.to(inputs.device) @ at_nodes.float().square()).double().cpu()
+    with multiplying("highest"):
+        squares = (counts.to(inputs.device) @ at_nodes.float().square()).double().cpu()
     sums[name] = sums[name] + squares if name in sums else squares
 
 

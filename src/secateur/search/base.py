@@ -59,7 +59,7 @@ class Problem:
     step: opens a step of the run's progress.
     means: for mean ablation.
     scores: of the unpruned model, once they are known.
-    localise_tokens: tokens that were forwarded to make them.
+    localise_tokens: tokens that were forwarded to score units, the rounds of a search included.
     """
 
     model: LanguageModel
@@ -87,13 +87,23 @@ class Problem:
         before = self.model.usage.copy()
         with self.step("Score every unit", scorer.work(fit)) as advance:
             scores = scorer.score(fit, mask, self.means, advance)
+        self.localise_tokens += self.model.usage.since(before).forward
         if mask is None:
-            self.scores, self.localise_tokens = scores, self.model.usage.since(before).forward
+            self.scores = scores
         return scores
 
 
 class Search(Protocol):
     """Turns scores into proposals, one after the other, told of each one's figures on select."""
+
+    def check(self, model: LanguageModel, scorer: Any, ablation: str) -> None:
+        """Refuse, before anything is computed, settings that do not suit the model or the scorer.
+
+        Raises
+        ------
+        SettingError: says what to use instead.
+        """
+        ...
 
     def proposals(self, problem: Problem, scorer: Any) -> Proposals:
         """Propose masks; the value of each ``yield`` is the proposal's :class:`Outcome`."""

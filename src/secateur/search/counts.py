@@ -8,8 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from secateur.errors import SettingError
+from secateur.models import LanguageModel
 from secateur.scoring.base import Ranking, Scorer, Settings
 from secateur.search.base import CandidateKind, Problem, Proposals, Selection
+from secateur.units import UnitSpace
 
 PATIENCE = 2
 
@@ -28,8 +30,8 @@ class Counts(Settings):
 
     Raises
     ------
-    SettingError: both counts are 0, or a count is larger than the number of units of its kind, or than
-        the number of those that the scorer scores, which only shows after scoring.
+    SettingError: both counts are 0, a count is larger than the number of units of its kind, or of a kind that the
+        scorer does not score.
     """
 
     heads: Annotated[int | None, Field(ge=0)] = None
@@ -45,16 +47,26 @@ class Counts(Settings):
     def cheaper(self) -> dict[str, Any]:
         return {"factor": 8.0}
 
+    def check(self, model: LanguageModel, scorer: Scorer, ablation: str) -> None:
+        """Refuse counts above what there is or is scored."""
+        space = UnitSpace.of(model)
+        asked = {"heads": (self.heads, space.n_heads), "neurons": (self.neurons, space.n_neurons)}
+        for kind, (count, available) in asked.items():
+            if count and kind not in scorer.kinds:
+                raise SettingError(f"the method scores {scorer.kinds[0]} only; leave the setting '{kind}' out.")
+            if count is not None and count > available:
+                raise SettingError(
+                    f"the model has {available:,} {kind}, so {count:,} of them cannot be removed; set '{kind}' to "
+                    f"{available // 2:,} or less."
+                )
+        if all(asked[kind][0] == 0 for kind in scorer.kinds):
+            raise SettingError(f"'{scorer.kinds[0]}' is 0, and the method scores no others; leave the setting out.")
+
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Heads alone, then neurons alone, fewest first."""
-        space = problem.space
-        _check_count("The model has", "heads", self.heads, space.n_heads)
-        _check_count("The model has", "neurons", self.neurons, space.n_neurons)
         ranking: Ranking = problem.score(scorer)
-        order = ranking.order()
-        heads, neurons = order[order < space.n_heads], order[order >= space.n_heads]
-        _check_count("This method scores", "heads", self.heads, len(heads))
-        _check_count("This method scores", "neurons", self.neurons, len(neurons))
+        order, n_heads = ranking.order(), problem.space.n_heads
+        heads, neurons = order[order < n_heads], order[order >= n_heads]
         yield from self._growing("heads", heads, self.heads, self.head_start)
         yield from self._growing("neurons", neurons, self.neurons, self.neuron_start)
 
@@ -67,11 +79,6 @@ class Counts(Settings):
             over = 0 if outcome.within_limit else over + 1
             if over == PATIENCE:
                 return
-
-
-def _check_count(what: str, kind: CandidateKind, asked: int | None, available: int) -> None:
-    if asked is not None and asked > available:
-        raise SettingError(f"{what} {available:,} {kind}, so {asked:,} of them cannot be removed.")
 
 
 def geometric(start: int, largest: int, factor: float) -> list[int]:

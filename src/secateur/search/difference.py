@@ -9,8 +9,10 @@ import numpy as np
 from pydantic import Field
 
 from secateur.errors import SettingError
+from secateur.models import LanguageModel
 from secateur.scoring.base import Ranking, Scorer, Settings
 from secateur.search.base import Problem, Proposals, Selection
+from secateur.units import UnitSpace
 
 TOPS = (5, 10, 20, 40)
 EXCLUDED = (40, 20, 5)
@@ -24,9 +26,9 @@ class SetDifference(Settings):
     top: how many heads stand out under the minority; None tries 5, 10, 20 and 40.
     exclude: how many heads stand out under the majority; None tries 40, 20 and 5.
 
-    The published counts are 40 and 5. A suite whose groups are read alike leaves few heads where much is
-    excluded and almost ``top`` where little is; so a short grid, ours, begins with the
-    heads that are most the minority's own. For every ``exclude``, ``top`` grows until a proposal breaks the
+    The published counts (Ma et al., FAccT 2025) are 40 and 5. A suite whose groups are read alike leaves few heads
+    where much is excluded and almost ``top`` where little is; so a short grid, ours, begins with the heads that are
+    most the minority's own. For every ``exclude``, ``top`` grows until a proposal breaks the
     utility limit. Counts of the grid above half of the heads become half of them.
     """
 
@@ -36,17 +38,23 @@ class SetDifference(Settings):
     def cheaper(self) -> dict[str, Any]:
         return {"exclude": EXCLUDED[-1]}
 
-    def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
-        """Every pair in turn; equal masks are proposed once.
+    def check(self, model: LanguageModel, scorer: Scorer, ablation: str) -> None:
+        """Refuse counts above what there is.
 
         Raises
         ------
         SettingError: more heads are asked for than the model has.
         """
-        heads = problem.space.n_heads
+        heads = UnitSpace.of(model).n_heads
         for name, asked in (("top", self.top), ("exclude", self.exclude)):
             if asked is not None and asked > heads:
-                raise SettingError(f"The model has {heads:,} heads, so '{name}' cannot be {asked:,}; lower it.")
+                raise SettingError(
+                    f"the model has {heads:,} heads, so '{name}' cannot be {asked:,}; set it to {heads // 2} or less."
+                )
+
+    def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
+        """Every pair in turn; equal masks are proposed once."""
+        heads = problem.space.n_heads
         values = problem.score(scorer).values
         within: dict[tuple[int, ...], bool] = {}
         over: int | None = None  # the exclude whose last proposal broke the limit

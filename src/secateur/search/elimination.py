@@ -11,6 +11,7 @@ from pydantic import Field
 
 from secateur.errors import SettingError
 from secateur.evaluation.divergence import Divergence
+from secateur.models import LanguageModel
 from secateur.progress import Advance
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
@@ -48,6 +49,9 @@ class Elimination(Settings):
     def model_post_init(self, context: object) -> None:
         if self.max_heads + self.max_neurons + self.rounds == 0:
             raise SettingError("max_heads, max_neurons and rounds are all 0, so there would be no candidate.")
+
+    def check(self, model: LanguageModel, scorer: Attribution, ablation: str) -> None:
+        """Every model will do; counts above what it has stand for all."""
 
     def proposals(self, problem: Problem, scorer: Attribution) -> Proposals:
         """Heads alone and neurons alone from the largest count down, then the rounds."""

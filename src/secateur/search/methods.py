@@ -77,9 +77,22 @@ class Method:
         """The same for a first look."""
         return Method(self.name, self.scorer.quick(), self.search.quick())
 
-    def check(self, model: LanguageModel, suite: Suite) -> None:
-        """Refuse a model or a suite that the method cannot work on, before anything is computed."""
-        self.scorer.check(model, suite)
+    def seeded(self, seed: int) -> Method:
+        """The same with the seed of a study, but for seeds that the user has set."""
+        return Method(self.name, self.scorer.seeded(seed), self.search.seeded(seed))
+
+    def check(self, model: LanguageModel, suite: Suite, ablation: str = "zero") -> None:
+        """Refuse, before anything is computed, what the method cannot work on.
+
+        Raises
+        ------
+        SettingError: names the method and says what to use instead.
+        """
+        try:
+            self.scorer.check(model, suite)
+            self.search.check(model, self.scorer, ablation)
+        except SettingError as error:
+            raise SettingError(f"{self.name}: {error}") from error
 
 
 def method(name: str = DEFAULT_METHOD, options: dict[str, Any] | None = None) -> Method:

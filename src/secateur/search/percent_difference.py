@@ -31,7 +31,7 @@ class PercentDifference(Settings):
 
     Attributes
     ----------
-    p, q: percentages, to be set together. Published: p = 40, q = 35 for neurons; an earlier
+    p, q: percentages, to be set together. Published (Ma et al., FAccT 2025): p = 40, q = 35 for neurons; an earlier
         prototype had p = q = 15 for weights. The two sets differ, so p = q still leaves what is in
         the one and not in the other. Default: a small grid from few to many removed, which
         ends after two proposals in a row that break the utility limit.
@@ -48,15 +48,18 @@ class PercentDifference(Settings):
         if (self.p is None) != (self.q is None):
             raise SettingError("p and q belong together: set both, or neither for a small grid.")
 
-    def proposals(self, problem: Problem, scorer: WandaDifference) -> Proposals:
-        """One proposal for every p and q that remove anything.
+    def check(self, model: LanguageModel, scorer: WandaDifference, ablation: str) -> None:
+        """Refuse mean ablation of single weights.
 
         Raises
         ------
-        SettingError: single weights are asked for with mean ablation.
+        SettingError: says to use zero ablation.
         """
-        if scorer.granularity == "weight" and problem.means is not None:
-            raise SettingError("Single weights have no mean to stand in for them; use --ablation zero.")
+        if scorer.granularity == "weight" and ablation == "mean":
+            raise SettingError("single weights have no mean to stand in for them; use --ablation zero.")
+
+    def proposals(self, problem: Problem, scorer: WandaDifference) -> Proposals:
+        """One proposal for every p and q that remove anything."""
         scores: WandaScores = problem.score(scorer)
         over = 0
         for p, q in GRID if self.p is None or self.q is None else ((self.p, self.q),):

@@ -9,8 +9,10 @@ import numpy as np
 from pydantic import Field
 
 from secateur.errors import SettingError
+from secateur.models import LanguageModel
 from secateur.scoring.base import Scorer, Settings
 from secateur.search.base import Problem, Proposals, Selection
+from secateur.units import UnitSpace
 
 # The paper tries gamma .2 to .7 and alpha .02 to .20 in steps of .02; every pair costs a measurement.
 GAMMAS = (0.3, 0.5, 0.7)
@@ -56,6 +58,20 @@ class Protected(Settings):
 
     def cheaper(self) -> dict[str, Any]:
         return {"gamma": 0.5} if self.alpha is None or self.alpha <= 0.5 else {}
+
+    def check(self, model: LanguageModel, scorer: Scorer, ablation: str) -> None:
+        """Refuse a share so small that no head would go.
+
+        Raises
+        ------
+        SettingError: names the least share.
+        """
+        heads = UnitSpace.of(model).n_heads
+        if not any(_share(alpha, heads) for _, alpha in self.pairs):
+            raise SettingError(
+                f"of {heads:,} heads the share alpha = {self.pairs[-1][1]:g} is not one; set alpha to "
+                f"{1 / heads:.2g} or more."
+            )
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Every pair in turn; equal masks are proposed once."""

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.disparity import corrected_square, suite_bias
+from secateur.measures.disparity import Table, corrected_square, suite_bias
 from secateur.search.base import Outcome, Problem, Proposals, Selection
 from secateur.studies.record import Recorder
 from secateur.units import Mask
 from secateur.weights import AnyMask
 
+# Under a mask that destroys the model so far that it answers with numbers that are not finite.
+DESTROYED: dict[str, Any] = {
+    "bias": math.nan,
+    "bias_square": math.inf,
+    "mean_abs_gap": math.nan,
+    "perplexity_increase": math.inf,
+    "perplexity_high": math.inf,
+    "within_limit": False,
+}
+
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """A candidate's figures on the select part.
+    """A candidate's figures on the select part; not finite where the model's answers are not.
 
     Attributes
     ----------
@@ -40,6 +52,11 @@ class CandidateRecord:
     weights: int = 0
     knobs: dict[str, Any] = field(default_factory=dict)
     chosen: bool = False
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CandidateRecord:
+        """The inverse of ``dataclasses.asdict`` after a way through JSON, which has no numbers that are not finite."""
+        return cls(**{key: DESTROYED[key] if value is None else value for key, value in fields.items()})
 
 
 @dataclass(eq=False)
@@ -81,25 +98,33 @@ class Candidates:
         mask = problem.mask_of(selection)
         name = f"Candidate {len(self.measured) + 1}: {mask.summary}"
         with self.recorder.step(name, self.select.work(utility=True)) as advance:
-            table = self.select.evaluate(mask, advance, utility=True).table
-        increase = self.select.perplexity_increase(mask, self.seed)
-        bias = suite_bias(table, self.seed)
+            try:
+                table = self.select.evaluate(mask, advance, utility=True).table
+                figures = self._figures(mask, table)
+            except NumericalError:
+                figures = DESTROYED
         record = CandidateRecord(
             kind=selection.kind,
             heads=mask.heads_removed,
             neurons=mask.neurons_removed,
             weights=mask.weights_removed,
-            bias=bias.corrected,
-            bias_square=corrected_square(table, self.seed),
-            mean_abs_gap=bias.mean_abs_gap,
-            perplexity_increase=increase.value,
-            perplexity_high=increase.high,
-            within_limit=increase.value + increase.standard_error <= self.limit,
             knobs=selection.knobs,
+            **figures,
         )
         self.measured.append((mask, record))
         self.changed(self)
         return record
+
+    def _figures(self, mask: AnyMask, table: Table) -> dict[str, Any]:
+        increase, bias = self.select.perplexity_increase(mask, self.seed), suite_bias(table, self.seed)
+        return {
+            "bias": bias.corrected,
+            "bias_square": corrected_square(table, self.seed),
+            "mean_abs_gap": bias.mean_abs_gap,
+            "perplexity_increase": increase.value,
+            "perplexity_high": increase.high,
+            "within_limit": increase.value + increase.standard_error <= self.limit,
+        }
 
     def choose(self) -> AnyMask | None:
         """The candidate with the least bias within the limit, marked as chosen, if it is better than none."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.errors import SettingError
+from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -19,11 +20,13 @@ from secateur.search.methods import METHODS, Method, method
 from secateur.studies.candidates import CandidateRecord, Candidates
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
-from secateur.studies.verdict import examine, examine_random
+from secateur.studies.verdict import examine, examine_random, find_faults
 from secateur.suites import Suite, suite_hash
+from secateur.weights import AnyMask
 
-Status = Literal["chosen", "over the limit", "no reduction"]
+Status = Literal["chosen", "over the limit", "no reduction", "no candidate", "does not apply"]
 RANDOM = "random"
+DRAWS = 20
 QUICK_MARKERS = 6
 QUICK_TOKENS = 1536
 QUICK_DRAWS = 5
@@ -35,15 +38,17 @@ class CompareSettings(StudySettings):
 
     Attributes
     ----------
-    methods: names of the methods; none for all.
+    methods: names of the methods; none for all, and then those that do not suit the model or the suite are
+        listed as such.
     options: settings by method, such as ``{"fasp": {"seeds": 5}}``; what is not set is chosen on select.
-    random_draws: masks of the size that ``random`` chooses, to show their spread on test.
+    random_draws: masks of the size that ``random`` chooses, to show their spread on test; None for 20, or 5 where
+        it is to be quick.
     quick: a small part of fit, select and text, and coarser searches: minutes, wider intervals.
     """
 
     methods: tuple[str, ...] = ()
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    random_draws: int = 20
+    random_draws: int | None = None
     quick: bool = False
 
     @property
@@ -68,7 +73,7 @@ class CompareSettings(StudySettings):
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
-            random_draws=min(self.random_draws, QUICK_DRAWS),
+            random_draws=QUICK_DRAWS if self.random_draws is None else self.random_draws,
         )
 
 
@@ -78,10 +83,13 @@ class MethodResult:
 
     Attributes
     ----------
-    status: whether a mask was chosen, every setting broke the limit, or none lowered the bias on select.
+    status: whether a mask was chosen, every setting broke the limit, none within it lowered the bias on select,
+        nothing was proposed, or the method does not suit the model or the suite.
+    faults: what keeps the reduction on test from being proven, in words.
     heads, neurons, weights: units removed, or single weights.
     bias_before, bias_after, reduction, perplexity_increase, control_change: on test, None without a mask.
-    random_reductions: for the method ``random``, the reduction under every draw.
+    random_reductions: for the method ``random``, the reduction under every draw of random masks, of the size that
+        it chose, or else of its largest candidate within the limit, or of its smallest.
     candidates: every mask that was measured on select.
     localise_tokens: tokens forwarded to score the units. tokens_forward, tokens_backward, seconds: in all.
     notes: what the method has to say about its scores.
@@ -105,6 +113,7 @@ class MethodResult:
     perplexity_increase: Interval | None = None
     control_change: Interval | None = None
     random_reductions: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -112,8 +121,20 @@ class MethodResult:
         """The inverse of ``dataclasses.asdict``: what a resumed run reads back."""
         intervals = ("bias_before", "bias_after", "reduction", "perplexity_increase", "control_change")
         read = {key: Interval(**fields[key]) for key in intervals if fields.get(key) is not None}
-        candidates = [CandidateRecord(**record) for record in fields["candidates"]]
+        candidates = [CandidateRecord.from_dict(record) for record in fields["candidates"]]
         return cls(**{**fields, **read, "candidates": candidates})
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """What methods are sorted by: those that keep to the limit on test first, the largest reduction first."""
+        if self.reduction is None or self.perplexity_increase is None:
+            return True, np.inf
+        return self.over_limit, -self.reduction.value
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether the choice breaks the utility limit on test."""
+        return any("above the limit" in fault for fault in self.faults)
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,8 @@ class CompareResult:
 
     Attributes
     ----------
-    methods: in the order of the held-out reduction, the largest first.
+    methods: in the order of the held-out reduction, the largest first; after these the methods whose choice breaks
+        the limit on test, and those without a choice.
     limit: the utility limit.
     control_suite: the non-demographic suite, or None.
     run: versions, seed, data hashes, cost.
@@ -164,6 +186,7 @@ def _flat(found: MethodResult) -> dict[str, Any]:
         "neurons": found.neurons,
         "weights": found.weights,
         "knobs": " ".join(f"{key}={value}" for key, value in found.knobs.items()),
+        "faults": "; ".join(found.faults),
     }
     for name in ("bias_before", "bias_after", "reduction", "perplexity_increase", "control_change"):
         interval: Interval | None = getattr(found, name)
@@ -190,6 +213,7 @@ def compare(
     progress: Progress | None = None,
     remembered: Remembered | None = None,
     remember: Callable[[MethodResult], None] = lambda _: None,
+    store: Store | None = None,
 ) -> CompareResult:
     """Run every method on the same parts under the same limit.
 
@@ -197,34 +221,59 @@ def compare(
     ----------
     remembered: results of an interrupted run on the same model, suite and settings; not made again.
     remember: called with every result as soon as it is there.
+    store: keeps every measured mask, and those that it has already are not measured again.
     """
     settings = (settings or CompareSettings()).reduced()
     settings.check()
-    methods = [method(name, settings.options.get(name)) for name in settings.names]
+    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.names]
     methods = [chosen.quick() for chosen in methods] if settings.quick else methods
-    for chosen in methods:
-        chosen.check(model, suite)
+    unsuited = _unsuited(methods, model, suite, settings)
     progress = progress or Progress()
     recorder = Recorder(model, progress)
-    parts = Parts.prepare(model, suite, settings)
+    parts = Parts.prepare(model, suite, settings, store)
     shared = parts.problem(settings, recorder)
+    parts.measure_unpruned(recorder)
+    spent, unpruned_seconds = recorder.usage.copy(), recorder.seconds
     found: list[MethodResult] = []
     for number, chosen in enumerate(methods, start=1):
         progress.say(f"Method {number} of {len(methods)}: {chosen.name}")
-        known = (remembered or {}).get(chosen.name)
+        known = (remembered or {}).get(chosen.name, unsuited.get(chosen.name))
         if known is None:
             known = _run(parts, replace(shared, scores=None), chosen, settings, progress)
             remember(known)
         found.append(known)
     told = {**settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
+    # What finished before an interruption belongs to the cost, too.
+    cost = {
+        "tokens_forward": spent.forward + sum(one.tokens_forward for one in found),
+        "tokens_backward": spent.backward + sum(one.tokens_backward for one in found),
+        "seconds": unpruned_seconds + sum(one.seconds for one in found),
+    }
     return CompareResult(
         model=model.source,
         suite=suite,
         limit=settings.max_perplexity_increase,
         control_suite=settings.control_suite,
-        methods=sorted(found, key=lambda one: -np.inf if one.reduction is None else one.reduction.value, reverse=True),
-        run={**recorder.describe(told), "splits": parts.splits.describe(suite)},
+        methods=sorted(found, key=lambda one: one.order),
+        run={**recorder.describe(told), **cost, "splits": parts.splits.describe(suite)},
     )
+
+
+def _unsuited(
+    methods: list[Method], model: LanguageModel, suite: Suite, settings: CompareSettings
+) -> dict[str, MethodResult]:
+    """The methods that cannot work on the model or the suite, with the reason; refused where they were asked for."""
+    unsuited = {}
+    for chosen in methods:
+        try:
+            chosen.check(model, suite, settings.ablation)
+        except SettingError as error:
+            if chosen.name in settings.methods or chosen.name in settings.options:
+                raise
+            unsuited[chosen.name] = MethodResult(
+                chosen.name, chosen.settings, "does not apply", [], 0, 0, 0, 0.0, notes=[str(error)]
+            )
+    return unsuited
 
 
 def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettings, progress: Progress) -> MethodResult:
@@ -236,14 +285,15 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
     mask = candidates.choose()
     figures: dict[str, Any] = {}
     status: Status = "chosen"
+    draws: list[Comparison] = []
+    if chosen.name == RANDOM and candidates.records:
+        count = settings.random_draws or DRAWS
+        draws = examine_random(parts, mask or _standing_in(candidates), count, settings.seed, recorder)
     if mask is None:
         inside = any(record.within_limit for record in candidates.records)
-        status = "no reduction" if inside or not candidates.records else "over the limit"
+        status = "no reduction" if inside else "over the limit" if candidates.records else "no candidate"
     else:
         test = examine(parts, mask, settings.seed, recorder)
-        draws: list[Comparison] = []
-        if chosen.name == RANDOM:
-            draws = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
         figures = {
             "heads": mask.heads_removed,
             "neurons": mask.neurons_removed,
@@ -254,7 +304,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
             "reduction": test.comparison.reduction,
             "perplexity_increase": test.perplexity_increase,
             "control_change": None if test.control is None else test.control.change,
-            "random_reductions": [draw.reduction.value for draw in draws],
+            "faults": find_faults(test.comparison, test.perplexity_increase, draws, settings.max_perplexity_increase),
         }
     return MethodResult(
         name=chosen.name,
@@ -265,6 +315,15 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
         tokens_forward=recorder.usage.forward,
         tokens_backward=recorder.usage.backward,
         seconds=recorder.seconds,
+        random_reductions=[draw.reduction.value for draw in draws],
         notes=list(getattr(problem.scores, "notes", [])),
         **figures,
     )
+
+
+def _standing_in(candidates: Candidates) -> AnyMask:
+    """The largest candidate within the limit, or else the smallest."""
+    sizes = [(mask.heads_removed + mask.neurons_removed, record.within_limit) for mask, record in candidates.measured]
+    inside = [number for number, (_, within) in enumerate(sizes) if within]
+    best = max(inside, key=lambda n: sizes[n][0]) if inside else min(range(len(sizes)), key=lambda n: sizes[n][0])
+    return candidates.measured[best][0]

@@ -125,8 +125,8 @@ def localise(
     """Score every unit of a model by a method on the fit part of a suite and of the neutral text."""
     settings = settings or LocaliseSettings()
     settings.check()
-    chosen = method(settings.method, settings.options)
-    chosen.check(model, suite)
+    chosen = method(settings.method, settings.options).seeded(settings.seed)
+    chosen.check(model, suite, settings.ablation)
     parts = Parts.prepare(model, suite, settings)
     recorder = Recorder(model, progress or Progress())
     scores = parts.problem(settings, recorder).score(chosen.scorer)

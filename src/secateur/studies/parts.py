@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
+from secateur.evaluation.store import Store
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode, PromptSet, build_prompts, check_chat
 from secateur.measures.splits import Splits, split
@@ -100,13 +101,13 @@ class Parts:
     control: Evaluator | None
 
     @classmethod
-    def prepare(cls, model: LanguageModel, suite: Suite, settings: StudySettings) -> Parts:
+    def prepare(cls, model: LanguageModel, suite: Suite, settings: StudySettings, store: Store | None = None) -> Parts:
         splits = split(suite, settings.seed, settings.max_markers)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 
         def evaluator(prompts: PromptSet, neutral: NeutralText | None = None, divergence: bool = False) -> Evaluator:
-            return Evaluator(model, prompts, neutral, settings.batch_size, divergence)
+            return Evaluator(model, prompts, neutral, settings.batch_size, divergence, store)
 
         control = None
         if settings.control_suite is not None:
@@ -124,6 +125,17 @@ class Parts:
             test=evaluator(test, text["test"], divergence=True),
             control=control,
         )
+
+    def measure_unpruned(self, recorder: Recorder) -> None:
+        """Measure the unpruned model on select, test and control, which every mask is compared with."""
+        work = self.select.work(utility=True) + self.test.work(utility=True)
+        with recorder.step(
+            "Measure the unpruned model", work + (self.control.work() if self.control else 0)
+        ) as advance:
+            self.select.evaluate(None, advance, utility=True)
+            self.test.evaluate(None, advance, utility=True)
+            if self.control is not None:
+                self.control.evaluate(None, advance)
 
     def problem(self, settings: StudySettings, recorder: Recorder) -> Problem:
         """What a search is given: the fit part and, for mean ablation, the means of its text."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -93,6 +94,11 @@ class RepairResult:
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in ("settings", "splits", "versions")}})
 
     @property
+    def notes(self) -> list[str]:
+        """What the method has to say about its scores, in sentences."""
+        return list(getattr(self.scores, "notes", []))
+
+    @property
     def random_reduction(self) -> Interval:
         """Mean reduction by random masks; low and high are the smallest and largest draw."""
         values = [draw.reduction.value for draw in self.random]
@@ -107,6 +113,7 @@ class RepairResult:
             "seconds": self.run["seconds"],
             "tokens_forward": self.run["tokens_forward"],
             "tokens_backward": self.run["tokens_backward"],
+            "notes": self.notes,
             "candidates": [asdict(candidate) for candidate in self.candidates],
         }
         if self.mask is None or self.comparison is None or self.perplexity_increase is None:
@@ -150,6 +157,7 @@ def repair(
     *,
     progress: Progress | None = None,
     save_partial: PartialSink = lambda _: None,
+    store: Store | None = None,
 ) -> RepairResult:
     """Find the units that carry a suite's bias, choose which to remove, and judge the choice.
 
@@ -160,6 +168,7 @@ def repair(
     ----------
     save_partial: called with plain data after every candidate, so that an interrupted run
         leaves what it has found.
+    store: keeps every measured mask, and those that it has already are not measured again.
 
     Returns
     -------
@@ -167,9 +176,9 @@ def repair(
     """
     settings = settings or RepairSettings()
     settings.check()
-    chosen_method = method(settings.method, settings.options)
-    chosen_method.check(model, suite)
-    parts = Parts.prepare(model, suite, settings)
+    chosen_method = method(settings.method, settings.options).seeded(settings.seed)
+    chosen_method.check(model, suite, settings.ablation)
+    parts = Parts.prepare(model, suite, settings, store)
     recorder = Recorder(model, progress or Progress())
 
     def describe() -> dict[str, Any]:

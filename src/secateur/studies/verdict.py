@@ -83,17 +83,7 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
     mean_random = np.mean([draw.reduction.value for draw in random])
-    best_random = max(draw.reduction.value for draw in random)
-    reduction = comparison.reduction
-    faults = []
-    if comparison.before.low <= 0:
-        faults.append(f"the bias before the repair ({comparison.before}) cannot be told from chance on the test part")
-    if reduction.low <= 0:
-        faults.append(f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect")
-    if reduction.value <= best_random:
-        faults.append(f"a random mask of the same size did as well ({best_random:.0%})")
-    if increase.value > limit:
-        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%")
+    reduction, faults = comparison.reduction, find_faults(comparison, increase, random, limit)
     figures = (
         f"On unseen markers and wordings the bias fell by {reduction.value:.0%} "
         f"(95 % interval {reduction.low:.0%} to {reduction.high:.0%}), perplexity changed by {increase.value:+.2%}, "
@@ -102,3 +92,23 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     if not faults:
         return VERIFIED, figures
     return NOT_VERIFIED, f"Not proven: {'; '.join(faults)}. {figures}"
+
+
+def find_faults(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> list[str]:
+    """What keeps a reduction on test from being proven, in words.
+
+    Parameters
+    ----------
+    random: the same under random masks of the same size; none where they were not measured.
+    """
+    reduction, faults = comparison.reduction, []
+    if comparison.before.low <= 0:
+        faults.append(f"the bias before the repair ({comparison.before}) cannot be told from chance on the test part")
+    if reduction.low <= 0:
+        faults.append(f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect")
+    best_random = max((draw.reduction.value for draw in random), default=-np.inf)
+    if reduction.value <= best_random:
+        faults.append(f"a random mask of the same size did as well ({best_random:.0%})")
+    if increase.value > limit:
+        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%")
+    return faults

@@ -130,6 +130,11 @@ class Suite(Strict):
     groups: dict[Slug, list[Text]]
     scenarios: Annotated[list[Scenario], Field(min_length=1)]
 
+    @property
+    def marks_prompts(self) -> bool:
+        """Whether a marker stands in any prompt, not in answers alone."""
+        return any(SLOT in p.prompt + p.reply for scenario in self.scenarios for p in scenario.paraphrases)
+
     @field_validator("groups")
     @classmethod
     def _groups(cls, groups: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -58,6 +58,25 @@ def _projections(
     ]
 
 
+def check_ablation_fits(model: LanguageModel, ablation: str) -> None:
+    """Refuse mean ablation where the family's plain checkpoints have no bias to carry the means.
+
+    Raises
+    ------
+    MaskError: says to use zero ablation.
+    """
+    outputs = [*model.attention_outputs, *model.mlp_outputs]
+    if ablation == "mean" and model.family.bias_switches is None and any(module.bias is None for module in outputs):
+        raise _no_bias(model)
+
+
+def _no_bias(model: LanguageModel) -> MaskError:
+    return MaskError(
+        f"Checkpoints of type '{model.model.config.model_type}' have no bias that could carry the means "
+        "of removed units; use zero ablation."
+    )
+
+
 def _remove(
     model: LanguageModel, state: dict[str, Tensor], name: tuple[str, int], off: np.ndarray, means: np.ndarray | None
 ) -> set[str]:
@@ -72,10 +91,7 @@ def _remove(
         bias = state.get(f"{module}.bias")
         if bias is None:
             if model.family.bias_switches is None:
-                raise MaskError(
-                    f"Checkpoints of type '{model.model.config.model_type}' have no bias that could carry the means "
-                    "of removed units; use zero ablation."
-                )
+                raise _no_bias(model)
             switches.add(model.family.bias_switches[position])
             bias = torch.zeros(inputs_last.shape[0], dtype=weight.dtype, device=weight.device)
         state[f"{module}.bias"] = (bias.float() + constant).to(weight.dtype)
