@@ -19,7 +19,7 @@ from tiny import HEADS, LAYERS, NAMES, prompts, tiny_model
 from secateur.errors import SettingError
 from secateur.evaluation import Evaluator
 from secateur.measures.disparity import Table
-from secateur.models.restart import recorded, restarted
+from secateur.models.restart import Entries, recorded, restarted
 from secateur.scoring.attribution import disparity
 from secateur.scoring.fasp import Fasp, HeadRemovals, reliability
 from secateur.search.base import Outcome
@@ -42,7 +42,8 @@ def test_a_restarted_pass_equals_the_whole_pass(name: str) -> None:
     def run() -> torch.Tensor:
         return model.hidden(ids, None, mask)[mask == 1]
 
-    with recorded(model) as entries:
+    entries = Entries()
+    with recorded(model, entries):
         before = run()
     for head in range(LAYERS * HEADS):
         removed = Mask.removing(model, [head])
@@ -58,7 +59,8 @@ def test_a_restarted_pass_equals_the_whole_pass(name: str) -> None:
 def test_a_restarted_pass_runs_the_later_blocks_alone_and_counts_its_share() -> None:
     model, calls = tiny_model(), []
     ids = prompts(model)
-    with recorded(model) as entries:
+    entries = Entries()
+    with recorded(model, entries):
         model.hidden(ids, None, None)
     handles = [m.register_forward_hook(lambda m, *_: calls.append(m)) for m in model.attention_outputs]
     before = model.usage.forward
@@ -73,7 +75,8 @@ def test_a_restarted_pass_runs_the_later_blocks_alone_and_counts_its_share() -> 
 def test_the_model_is_restored_after_an_error() -> None:
     model = tiny_model()
     forwards = [block.forward for block in model.blocks]
-    with recorded(model) as entries:
+    entries = Entries()
+    with recorded(model, entries):
         model.hidden(prompts(model), None, None)
     with pytest.raises(RuntimeError), restarted(model, 1, entries):
         raise RuntimeError

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur.evaluation.store import Store
+from secateur.evaluation.walk import Walk
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, pack
 from secateur.measures.disparity import Interval, Table
 from secateur.measures.prompts import PromptSet
@@ -22,6 +23,7 @@ from secateur.measures.utility import (
     perplexity_increase,
 )
 from secateur.models import LanguageModel
+from secateur.models.restart import Run, plainly
 from secateur.progress import Advance
 from secateur.suites import suite_hash
 from secateur.units import masked
@@ -55,6 +57,8 @@ class Evaluator:
     divergence: also measure KL(unpruned || masked) with the utility; keeps the unpruned model's
         hidden states, (tokens, hidden).
     store: keeps every figure for other processes and later runs, or None.
+    keep_bytes: memory for what entered the layers under the mask before, so that the next mask begins
+        where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
     """
 
     model: LanguageModel
@@ -63,6 +67,7 @@ class Evaluator:
     batch_size: int = DEFAULT_BATCH_SIZE
     divergence: bool = False
     store: Store | None = None
+    keep_bytes: int = 0
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
 
@@ -83,6 +88,16 @@ class Evaluator:
         """The prompts, packed for the model; packed when they are first needed."""
         return pack(self.model, self.prompts, self.batch_size)
 
+    @cached_property
+    def _walk(self) -> Walk | None:
+        read = 0 if self.text is None else sum(len(window.tokens) for window in self.text.windows)
+        return Walk.within(self.model, sum(batch.tokens for batch in self.batches) + read, self.keep_bytes)
+
+    def _run(self, mask: AnyMask | None, part: str) -> Run:
+        """How a pass is made under a mask; ``part`` keeps batches of prompts and of text apart."""
+        walk = self._walk if self.keep_bytes else None
+        return plainly if walk is None else lambda number, forward: walk.run((part, number), mask, forward)
+
     def work(self, utility: bool = False) -> int:
         """Steps that one evaluation reports to ``advance``."""
         return len(self.prompts) + (len(self.text.windows) if utility and self.text else 0)
@@ -102,17 +117,18 @@ class Evaluator:
             self._unpruned = hidden_states(self.model, self._text)
         with masked(self.model, mask):
             if "y" not in known:
-                y = measure_y(self.model, self.prompts, self.batches, advance).numpy().astype(float)
-                self._remember(key, {"y": y})
+                y = measure_y(self.model, self.prompts, self.batches, advance, self._run(mask, "prompts"))
+                self._remember(key, {"y": y.numpy().astype(float)})
             else:
                 advance(len(self.prompts))
             if utility:
-                self._read(key, advance)
+                self._read(mask, advance)
         table = Table(self.prompts.table(known["y"]), self.prompts.groups)
         return Measurement(table, known["nll"] if utility else None)
 
-    def _read(self, key: bytes, advance: Advance) -> None:
-        """Measure the likelihood of the text, and KL where it is wanted, of the model as it is."""
+    def _read(self, mask: AnyMask | None, advance: Advance) -> None:
+        """Measure the likelihood of the text, and KL where it is wanted, of the model with the mask applied."""
+        key = _key(mask)
         known = self._known[key]
         if "nll" in known and ("kl" in known or not self.divergence):
             advance(len(self._text.windows))
@@ -121,7 +137,7 @@ class Evaluator:
             states = self._unpruned
             advance(len(self._text.windows))
         else:
-            states = hidden_states(self.model, self._text, advance)
+            states = hidden_states(self.model, self._text, advance, self._run(mask, "text"))
         figures = {"nll": negative_log_likelihood(self.model, self._text, states)}
         if self.divergence:
             figures["kl"] = np.array(kl_divergence(self.model, self._unpruned, states) if key else 0.0)

@@ -15,6 +15,7 @@ from secateur.errors import NumericalError, SettingError
 from secateur.measures.packing import Layout, TokenTree, lay_out_rows, lay_out_trees, use_tree
 from secateur.measures.prompts import Prompt, PromptSet
 from secateur.models import LanguageModel
+from secateur.models.restart import Run, plainly
 from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
 
 DEFAULT_BATCH_SIZE = 128
@@ -204,16 +205,21 @@ def measure_y(
     prompts: PromptSet,
     batches: Sequence[Batch],
     advance: Callable[[int], None] = lambda _: None,
+    run: Run = plainly,
 ) -> Tensor:
     """y of every prompt, (prompts,) fp32 on the CPU.
+
+    Parameters
+    ----------
+    run: makes the pass of a batch, given its number.
 
     Raises
     ------
     NumericalError: a y is not finite.
     """
     parts = []
-    for batch in batches:
-        parts.append(batch_y(model, prompts.suite, batch).cpu())
+    for number, batch in enumerate(batches):
+        parts.append(run(number, partial(batch_y, model, prompts.suite, batch)).cpu())
         advance(len(batch.prompts))
     y = torch.cat(parts)
     if not bool(torch.isfinite(y).all()):

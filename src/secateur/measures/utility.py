@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from secateur.errors import DataError
 from secateur.measures.disparity import LEVEL, REPLICATES, Interval
 from secateur.measures.splits import PartName
 from secateur.models import LanguageModel
+from secateur.models.restart import Run, plainly
 from secateur.progress import Advance
 from secateur.units import ActivationMeans
 
@@ -147,12 +149,20 @@ def cut(
 
 
 @torch.no_grad()
-def hidden_states(model: LanguageModel, text: NeutralText, advance: Advance = lambda _: None) -> list[Tensor]:
-    """Per window, the last hidden states that predict its scored tokens, (scored, hidden)."""
+def hidden_states(
+    model: LanguageModel, text: NeutralText, advance: Advance = lambda _: None, run: Run = plainly
+) -> list[Tensor]:
+    """Per window, the last hidden states that predict its scored tokens, (scored, hidden).
+
+    Parameters
+    ----------
+    run: makes the pass of a batch of windows, given its number.
+    """
     states: list[Tensor] = [torch.empty(0)] * len(text.windows)
-    for numbers in text.batches():
+    for batch, numbers in enumerate(text.batches()):
         windows = [text.windows[n] for n in numbers]
-        hidden = model.hidden(torch.stack([window.tokens for window in windows]), None, None)
+        tokens = torch.stack([window.tokens for window in windows])
+        hidden = run(batch, partial(model.hidden, tokens, None, None))
         for number, row, window in zip(numbers, hidden, windows, strict=True):
             states[number] = row[window.start - 1 : -1].clone()
         advance(len(numbers))

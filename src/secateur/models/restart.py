@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur.models.language_model import LanguageModel
 
+Forward = Callable[[], Tensor]
+Run = Callable[[int, Forward], Tensor]
+
+
+def plainly(number: int, forward: Forward) -> Tensor:
+    """Make the pass of the batch with this number, whole."""
+    return forward()
+
 
 @dataclass(eq=False)
 class Entries:
-    """What entered every block of one forward pass.
+    """What entered the blocks of one forward pass.
 
     Attributes
     ----------
-    states: per layer, the hidden states that entered it, (batch, tokens, hidden).
+    states: by layer, the hidden states that entered it, (batch, tokens, hidden).
     tuples: whether the blocks return their hidden states as the first of a tuple.
     """
 
-    states: list[Tensor] = field(default_factory=list)
+    states: dict[int, Tensor] = field(default_factory=dict)
     tuples: bool = False
+
+    def before(self, layer: int) -> int:
+        """The last layer up to ``layer`` whose entry is known."""
+        return max(known for known in self.states if known <= layer)
 
 
 @contextmanager
-def recorded(model: LanguageModel) -> Iterator[Entries]:
-    """Note what enters every block of the one forward pass that is made while the context lasts."""
-    entries = Entries()
+def recorded(model: LanguageModel, entries: Entries, layers: Collection[int] | None = None) -> Iterator[None]:
+    """Note what enters the blocks of the one forward pass that is made while the context lasts.
 
-    def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        entries.states.append(args[0])
+    Parameters
+    ----------
+    entries: where to; states of layers that the pass does not run stay as they are.
+    layers: the layers to note; None for all.
+    """
+
+    def note(layer: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         entries.tuples = isinstance(output, tuple)
+        entries.states[layer] = args[0]
 
     with ExitStack() as hooks:
-        for block in model.blocks:
-            hooks.callback(block.register_forward_hook(note).remove)
-        yield entries
+        for layer, block in enumerate(model.blocks):
+            if (layers is None or layer in layers) and not _is_skipped(block):
+                hooks.callback(block.register_forward_hook(partial(note, layer)).remove)
+        yield
 
 
 @contextmanager
@@ -52,7 +71,7 @@ def restarted(model: LanguageModel, layer: int, entries: Entries) -> Iterator[No
     blocks, before = model.blocks, model.usage.forward
     with ExitStack() as changes:
         for block in blocks[:layer]:
-            changes.enter_context(_replaced(block, _hand_on(entries.tuples)))
+            changes.enter_context(_replaced(block, _HandOn(entries.tuples)))
         state = entries.states[layer]
         enter = blocks[layer].register_forward_pre_hook(lambda _, args: (state, *args[1:]))
         changes.callback(enter.remove)
@@ -63,11 +82,18 @@ def restarted(model: LanguageModel, layer: int, entries: Entries) -> Iterator[No
             model.usage.forward = before + round(whole * (len(blocks) - layer) / len(blocks))
 
 
-def _hand_on(tuples: bool) -> Callable[..., Any]:
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden, None) if tuples else hidden
+@dataclass(frozen=True)
+class _HandOn:
+    """In place of a block's forward: its input is its output."""
 
-    return forward
+    tuples: bool
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden, None) if self.tuples else hidden
+
+
+def _is_skipped(block: nn.Module) -> bool:
+    return isinstance(block.__dict__.get("forward"), _HandOn)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from secateur.measures.disparity import Table
 from secateur.measures.prompts import PromptSet
 from secateur.measures.utility import NeutralText, window_losses
 from secateur.models import LanguageModel
-from secateur.models.restart import recorded, restarted
+from secateur.models.restart import Entries, recorded, restarted
 from secateur.progress import Advance
 from secateur.scoring.attribution import disparity
 from secateur.scoring.base import Settings, UnitKind
@@ -275,7 +275,8 @@ def without_each_head(
         rows.append(run().cpu())
         advance(len(rows[-1]))
 
-    with recorded(model) as entries:
+    entries = Entries()
+    with recorded(model, entries):
         note()
     for layer in range(space.n_layers):
         with restarted(model, layer, entries):

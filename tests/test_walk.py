@@ -1,0 +1,104 @@
+"""Passes begun where masks differ: equal to whole ones in every family, at a share of the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scoring import means_of, model_of, prompts_of, text_of
+from tiny import HEADS, LAYERS, NAMES
+
+from secateur.evaluation import Evaluator
+from secateur.evaluation.walk import Walk, first_difference
+from secateur.units import Mask, UnitSpace
+from secateur.weights import WeightMask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLENTY = 1 << 30
+
+
+def evaluator(name: str = "llama", **options: Any) -> Evaluator:
+    return Evaluator(model_of(name), prompts_of(name), text_of(name), 5, **options)
+
+
+def walked_masks(name: str = "llama") -> list[Mask | None]:
+    """A walk with single flips, long jumps, means, the same mask again and the unpruned model in between."""
+    model = model_of(name)
+    space = UnitSpace.of(model)
+    last = space.head_slice(LAYERS - 1).start
+    steps: list[Any] = [
+        [0],
+        [0, last],
+        [last],
+        [],
+        [last + 1],
+        [last + 1, space.n_heads],
+        None,
+        list(range(0, len(space), 3)),
+    ]
+    masks: list[Mask | None] = [None if step is None else Mask.removing(model, step) for step in steps]
+    return [*masks, Mask.removing(model, [0, last], means_of(name)), Mask.removing(model, [last])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_walk_measures_what_whole_passes_measure(name: str) -> None:
+    walk, plain = evaluator(name, keep_bytes=PLENTY), evaluator(name)
+    for mask in walked_masks(name):
+        found, expected = walk.evaluate(mask, utility=True), plain.evaluate(mask, utility=True)
+        np.testing.assert_allclose(found.table.y, expected.table.y, atol=1e-5)
+        np.testing.assert_allclose(found.nll, expected.nll, atol=1e-3)
+
+
+def test_a_flip_in_a_later_layer_runs_the_later_layers_alone() -> None:
+    walk = evaluator(keep_bytes=PLENTY)
+    model = walk.model
+    walk.evaluate(utility=True)
+    whole = sum(batch.tokens for batch in walk.batches) + sum(len(window.tokens) for window in text_of().windows)
+    removed: list[int] = []
+    for layer in reversed(range(LAYERS)):
+        removed.append(layer * HEADS)
+        before = model.usage.forward
+        walk.evaluate(Mask.removing(model, removed), utility=True)
+        assert model.usage.forward - before == pytest.approx(whole * (LAYERS - layer) / LAYERS, abs=9)
+
+
+@pytest.mark.parametrize("kept", [2, LAYERS])
+def test_memory_is_bounded(kept: int) -> None:
+    model = model_of()
+    width, tokens = model.model.config.hidden_size, 100
+    walk = Walk.within(model, tokens, kept * tokens * width * 4 + 1)
+    assert walk is not None
+    assert len(walk.layers) == kept
+    assert walk.layers[0] == 0
+    assert Walk.within(model, tokens, tokens * width * 4) is None
+
+
+def test_a_failed_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walk, plain = model_of(), evaluator(keep_bytes=PLENTY), evaluator()
+    first, broken, last = (Mask.removing(model, [unit]) for unit in (0, 1, HEADS))
+    walk.evaluate(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "log_probabilities", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            walk.evaluate(broken)
+    np.testing.assert_allclose(walk.evaluate(last).table.y, plain.evaluate(last).table.y, atol=1e-5)
+
+
+def test_weight_masks_take_whole_passes() -> None:
+    model, walk, plain = model_of(), evaluator(keep_bytes=PLENTY), evaluator()
+    mask = WeightMask.removing(model, {})
+    walk.evaluate(Mask.removing(model, [0]))
+    np.testing.assert_allclose(walk.evaluate(mask).table.y, plain.evaluate(mask).table.y, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(one=st.sets(st.integers(0, LAYERS * HEADS - 1)), other=st.sets(st.integers(0, LAYERS * HEADS - 1)))
+def test_first_difference_is_the_layer_of_the_first_head_that_differs(one: set[int], other: set[int]) -> None:
+    model = model_of()
+    masks = [Mask.removing(model, sorted(removed)) if removed else None for removed in (one, other)]
+    differ = one ^ other
+    expected = min((head // HEADS for head in differ), default=LAYERS - 1)
+    assert first_difference(masks[0], masks[1], LAYERS) == expected
