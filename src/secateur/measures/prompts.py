@@ -18,6 +18,7 @@ ChatMode = Literal["auto", "chat", "plain"]
 # where one unbroken word is longer, on where its last tokens begin.
 BOUNDARY = 24
 BOUNDARY_TOKENS = 4
+DRAW_MARKERS = 4
 # Chat templates that print today's date or think aloud would make results depend on the day or
 # start the reply elsewhere; templates that know nothing of these arguments ignore them.
 TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "1 January 2026", "enable_thinking": False}
@@ -133,6 +134,42 @@ def candidate_texts(measure: Any, marker: str) -> list[str]:
     if isinstance(measure, LikelihoodPair):
         return [fill_text(measure.more, marker), fill_text(measure.less, marker)]
     return list(measure.candidates)
+
+
+@dataclass(frozen=True)
+class PromptDraw:
+    """Flat positions of markers, and numbers of scenarios, both ascending."""
+
+    markers: tuple[int, ...]
+    scenarios: tuple[int, ...]
+
+    def of(self, prompts: PromptSet) -> PromptSet:
+        """The drawn ones of a set of prompts."""
+        drawn = prompts.of_scenarios(self.scenarios)
+        kept = tuple(prompt for prompt in drawn.prompts if prompt.marker in self.markers)
+        inside = np.isin(prompts.markers, self.markers)
+        return PromptSet(prompts.suite, kept, self.markers, prompts.groups[inside])
+
+    @classmethod
+    def stratified(
+        cls, prompts: PromptSet, markers: int | None, scenarios: int | None, seed: int | Sequence[int]
+    ) -> PromptDraw:
+        """Draw equally many markers of each group, and scenarios.
+
+        Parameters
+        ----------
+        markers: of each group, all if it has fewer. None stands for 4, but for no more than half of a group (at
+            least 2), so that draws differ.
+        scenarios: all if there are fewer, or None.
+        """
+        rng = np.random.default_rng(seed)
+        chosen: list[int] = []
+        for group in np.unique(prompts.groups):
+            members = np.array(prompts.markers)[prompts.groups == group]
+            size = min(DRAW_MARKERS, max(2, (len(members) + 1) // 2)) if markers is None else markers
+            chosen += rng.permutation(members)[:size].tolist()
+        asked = rng.permutation(prompts.scenarios)[:scenarios].tolist()
+        return cls(tuple(sorted(chosen)), tuple(sorted(asked)))
 
 
 def build_prompts(model: LanguageModel, suite: Suite, part: Part, chat: ChatMode = "auto") -> PromptSet:

@@ -29,7 +29,7 @@ from torch import Tensor
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import batch_y, pack
 from secateur.measures.disparity import Table
-from secateur.measures.prompts import PromptSet
+from secateur.measures.prompts import PromptDraw, PromptSet
 from secateur.measures.utility import NeutralText, window_losses
 from secateur.models import LanguageModel
 from secateur.models.restart import Entries, recorded, restarted
@@ -39,7 +39,6 @@ from secateur.scoring.base import Settings, UnitKind
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
 
-DRAW_MARKERS = 4
 # Below this more than half of what is seen between heads is chance.
 FAIR_RELIABILITY = 0.5
 
@@ -123,21 +122,6 @@ def _reliability_note(what: str, drawn: str, value: float, seeds: int) -> str:
     return f"The reliability of the {what} without each head is not known, since two draws are alike; lower {drawn}."
 
 
-@dataclass(frozen=True)
-class PromptDraw:
-    """Flat positions of markers, and numbers of scenarios, both ascending."""
-
-    markers: tuple[int, ...]
-    scenarios: tuple[int, ...]
-
-    def of(self, prompts: PromptSet) -> PromptSet:
-        """The drawn ones of a set of prompts."""
-        drawn = prompts.of_scenarios(self.scenarios)
-        kept = tuple(prompt for prompt in drawn.prompts if prompt.marker in self.markers)
-        inside = np.isin(prompts.markers, self.markers)
-        return PromptSet(prompts.suite, kept, self.markers, prompts.groups[inside])
-
-
 class Fasp(Settings):
     """Bias and log-perplexity with each head alone removed, on a few draws of the fit part.
 
@@ -205,20 +189,10 @@ class Fasp(Settings):
 
     def prompt_draws(self, fit: Evaluator) -> list[PromptDraw]:
         """Per seed, what is asked."""
-        markers, groups = np.array(fit.prompts.markers), fit.prompts.groups
-
-        def draw(seed: int) -> PromptDraw:
-            rng = np.random.default_rng([self.seed, seed])
-            chosen: list[int] = []
-            for group in np.unique(groups):
-                members = markers[groups == group]
-                half = max(2, (len(members) + 1) // 2)
-                size = self.markers if self.markers is not None else min(DRAW_MARKERS, half)
-                chosen += rng.permutation(members)[:size].tolist()
-            scenarios = rng.permutation(fit.prompts.scenarios)[: self.scenarios].tolist()
-            return PromptDraw(tuple(sorted(chosen)), tuple(sorted(scenarios)))
-
-        return [draw(seed) for seed in range(self.seeds)]
+        return [
+            PromptDraw.stratified(fit.prompts, self.markers, self.scenarios, [self.seed, seed])
+            for seed in range(self.seeds)
+        ]
 
     def window_draws(self, fit: Evaluator) -> list[tuple[int, ...]]:
         """Per seed, the numbers of the drawn windows, ascending."""

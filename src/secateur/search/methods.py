@@ -19,7 +19,9 @@ from secateur.scoring.gradient import Gradient
 from secateur.scoring.magnitude import Magnitude
 from secateur.scoring.name_attention import NameAttention
 from secateur.scoring.random import Random
+from secateur.scoring.sampled_masks import SampledMasks
 from secateur.scoring.wanda_difference import WandaDifference
+from secateur.search.attention_pruning import SurrogateAnnealing
 from secateur.search.base import Search
 from secateur.search.counts import Counts
 from secateur.search.difference import SetDifference
@@ -54,6 +56,9 @@ METHODS: dict[str, MethodKind] = {
         WandaDifference, PercentDifference, "neurons or weights at the top for the minority's prompts alone"
     ),
     "fasp": MethodKind(Fasp, Protected, "heads without which bias is lowest, but for those that perplexity needs"),
+    "attention-pruning": MethodKind(
+        SampledMasks, SurrogateAnnealing, "simulated annealing over heads on networks that predict bias and perplexity"
+    ),
     "name-attention": MethodKind(
         NameAttention, SetDifference, "heads that look back at the minority's names and not at the majority's"
     ),

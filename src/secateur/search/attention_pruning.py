@@ -1,0 +1,85 @@
+"""``SurrogateAnnealing``: anneal on surrogates of bias and log-perplexity, then measure the best on the model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from secateur.models import LanguageModel
+from secateur.scoring.base import Settings
+from secateur.scoring.sampled_masks import SampledMasks, SurrogateScores
+from secateur.search.base import Problem, Proposals, Selection
+from secateur.search.chains import Annealed, Cooling, Energy, anneal
+
+EPSILONS = (0.25, 0.5, 0.75, 0.9)
+
+
+class SurrogateAnnealing(Settings):
+    """Dasu et al. (arXiv 2503.15815): minimise epsilon · bias + (1 − epsilon) · log-perplexity over sets of heads.
+
+    Attributes
+    ----------
+    epsilon: weight of bias against log-perplexity, both as predicted by the surrogates, each divided by its
+        standard deviation over the sampled masks (ours, so that epsilon means the same for every suite);
+        None tries .25, .5, .75 and .9 (ours; the paper's is not at hand).
+    chains, steps: parallel chains, and flips in each; one head flips per step. Ours.
+    cooling: "logarithmic", T0 / ln(2 + i), as published, or "geometric".
+    acceptance: share of a random walk's moves that T0 accepts; .75 as published.
+    finalists: states per epsilon that are measured on the model, the lowest energy first. Ours.
+
+    The number of removed heads stays within the bounds of the sampled masks, outside of which a surrogate has seen
+    nothing.
+    """
+
+    epsilon: Annotated[float | None, Field(ge=0, le=1)] = None
+    chains: Annotated[int, Field(ge=1)] = 1000
+    steps: Annotated[int, Field(ge=1)] = 10_000
+    cooling: Cooling = "logarithmic"
+    acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    finalists: Annotated[int, Field(ge=1)] = 5
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"chains": 200, "steps": 2000, "finalists": 2}
+
+    def check(self, model: LanguageModel, scorer: SampledMasks, ablation: str) -> None:
+        """Every model will do."""
+
+    def proposals(self, problem: Problem, scorer: SampledMasks) -> Proposals:
+        """The finalists of every epsilon; equal masks are proposed once."""
+        scores: SurrogateScores = problem.score(scorer)
+        seen: set[tuple[int, ...]] = set()
+        for epsilon in EPSILONS if self.epsilon is None else (self.epsilon,):
+            weights = (epsilon / _spread(scores.bias), (1 - epsilon) / _spread(scores.log_perplexity))
+            energy = Energy((scores.of_bias, scores.of_log_perplexity), weights)
+            with problem.step(f"Anneal {self.chains:,} chains, epsilon {epsilon:g}", self.steps) as advance:
+                found = anneal(
+                    energy,
+                    problem.space.n_heads,
+                    scores.bounds,
+                    chains=self.chains,
+                    steps=self.steps,
+                    cooling=self.cooling,
+                    acceptance=self.acceptance,
+                    seed=scorer.seed,
+                    advance=advance,
+                )
+            for removed in best_states(found, self.finalists):
+                if tuple(removed) not in seen:
+                    seen.add(tuple(removed))
+                    yield Selection("heads", np.array(removed), {"epsilon": epsilon})
+
+
+def best_states(found: Annealed, count: int) -> list[list[int]]:
+    """The distinct states of lowest energy, as flat positions of removed heads."""
+    states: dict[tuple[int, ...], None] = {}
+    for chain in found.energy.argsort(stable=True).tolist():
+        states.setdefault(tuple(np.flatnonzero(found.removed[chain].numpy()).tolist()))
+        if len(states) == count:
+            break
+    return [list(state) for state in states]
+
+
+def _spread(values: np.ndarray) -> float:
+    return max(float(values.std()), 1e-9)
