@@ -141,7 +141,7 @@ class Attribution(Settings):
 
 def disparity(table: Table) -> float:
     """D, the root mean square SMD over scenarios and pairs of groups."""
-    return float(np.sqrt(np.mean([smd**2 for _, _, _, smd, _ in _pairs(table)])))
+    return float(np.sqrt(np.mean([smd**2 for _, _, _, smd, _ in pairs_of_groups(table)])))
 
 
 def disparity_weights(table: Table) -> np.ndarray:
@@ -151,7 +151,7 @@ def disparity_weights(table: Table) -> np.ndarray:
     SMD as it is, so the derivative of the spread belongs to it.
     """
     weights = np.zeros_like(table.y)
-    pairs = list(_pairs(table))
+    pairs = list(pairs_of_groups(table))
     for in_a, in_b, gap, smd, spread in pairs:
         for inside, sign in ((in_a, 1.0), (in_b, -1.0)):
             n = inside.sum()
@@ -161,7 +161,7 @@ def disparity_weights(table: Table) -> np.ndarray:
     return weights / (2 * max(disparity(table), 1e-12) * len(pairs) * len(table.y))
 
 
-def _pairs(table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def pairs_of_groups(table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """For every pair of groups: members of each (markers,), and gap, SMD and spread (scenarios,)."""
     for a, b in table.pairs:
         in_a, in_b = table.groups == a, table.groups == b

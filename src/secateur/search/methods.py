@@ -15,6 +15,7 @@ from secateur.scoring.attribution import Attribution
 from secateur.scoring.base import Scorer, Settings
 from secateur.scoring.fairness_pruning import FairnessPruning
 from secateur.scoring.fasp import Fasp
+from secateur.scoring.gates import GateTraining
 from secateur.scoring.gradient import Gradient
 from secateur.scoring.magnitude import Magnitude
 from secateur.scoring.name_attention import NameAttention
@@ -28,6 +29,7 @@ from secateur.search.difference import SetDifference
 from secateur.search.elimination import Elimination
 from secateur.search.percent_difference import PercentDifference
 from secateur.search.protected import Protected
+from secateur.search.rounding import Rounding
 from secateur.suites import Suite
 
 DEFAULT_METHOD = "attribution"
@@ -46,6 +48,7 @@ METHODS: dict[str, MethodKind] = {
     "attribution": MethodKind(
         Attribution, Elimination, "effect of every head and neuron per cost, from one backward pass; in rounds"
     ),
+    "gates": MethodKind(GateTraining, Rounding, "a gate for every unit, trained against bias and damage, then rounded"),
     "random": MethodKind(Random, Counts, "units in a random order: what every method must beat"),
     "magnitude": MethodKind(Magnitude, Counts, "heads and neurons with the smallest weights first"),
     "gradient": MethodKind(Gradient, Counts, "absolute gradient of bias (or of loss) in every unit's gate"),

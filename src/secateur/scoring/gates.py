@@ -1,0 +1,250 @@
+"""``gates``: a gate between 0 and 1 for every unit, trained so that bias falls, text stays likely and few gates close.
+
+Gates m_u multiply the units and start at 1. Each step takes one scenario and a little neutral text and lowers
+
+    mean over pairs of groups (gap / spread)^2  +  lambda KL(unpruned || gated)  +  mu sum_u (1 - m_u)  +
+    rho sum_u m_u (1 - m_u)
+
+by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of the scenario's SMD, the spread that of
+the unpruned model, since pruning also shrinks spreads. The term in rho, off at first, drives gates to 0 or 1. Relaxed
+gates for pruning go back to Louizos et al. (2018); without their noise, the end is as good and simpler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.answers import Batch, batch_y, pack
+from secateur.measures.disparity import Table
+from secateur.measures.prompts import PromptDraw
+from secateur.models import LanguageModel
+from secateur.progress import Advance
+from secateur.scoring.attribution import pairs_of_groups
+from secateur.scoring.base import Settings, UnitKind
+from secateur.suites import Suite
+from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
+
+TEXT_TOKENS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class GateScores:
+    """Trained gates.
+
+    Attributes
+    ----------
+    gates: (units,), from 0 to 1.
+    """
+
+    gates: np.ndarray
+
+    @property
+    def rank(self) -> np.ndarray:
+        """(units,): how far a gate has closed."""
+        return np.asarray(1 - self.gates)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        return {"gate": self.gates}
+
+
+class GateTraining(Settings):
+    """Train a gate for every head and neuron.
+
+    Attributes
+    ----------
+    gate_steps: of the first training, from gates of 1.
+    learning_rate: of Adam; about the most that a gate moves in one step.
+    damage: lambda, the weight of KL in nats per token.
+    price: mu, the price of every closed gate.
+    prompts: of one scenario in one step, equally many of each group, as far as there are.
+    windows: of the neutral text in one step, 128 tokens of each.
+    seed: of the draws; that of the study unless it is set.
+
+    All defaults are ours.
+    """
+
+    kinds: ClassVar[tuple[UnitKind, ...]] = ("heads", "neurons")
+    gate_steps: Annotated[int, Field(ge=1)] = 60
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.03
+    damage: Annotated[float, Field(ge=0)] = 5.0
+    price: Annotated[float, Field(ge=0)] = 5e-4
+    prompts: Annotated[int, Field(ge=4)] = 32
+    windows: Annotated[int, Field(ge=1)] = 2
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"gate_steps": 24, "learning_rate": 0.06, "prompts": 16, "windows": 1}
+
+    def check(self, model: LanguageModel, suite: Suite) -> None:
+        """Every supported model and every suite will do."""
+
+    def work(self, fit: Evaluator) -> int:
+        """Prompts of the unpruned model, then a step at a time."""
+        return len(fit.prompts) + self.gate_steps
+
+    def score(
+        self,
+        fit: Evaluator,
+        mask: Mask | None = None,
+        means: ActivationMeans | None = None,
+        advance: Advance = lambda _: None,
+    ) -> GateScores:
+        """Train gates from 1 on the model as it is under ``mask``.
+
+        Parameters
+        ----------
+        means: for mean ablation: what a unit at gate 0 gives instead of zero.
+        """
+        table = fit.evaluate(mask, advance).table
+        start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)
+        with masked(fit.model, mask):
+            return GateScores(self.train(fit, table, start, self.gate_steps, means=means, advance=advance))
+
+    def train(
+        self,
+        fit: Evaluator,
+        table: Table,
+        start: np.ndarray,
+        steps: int,
+        *,
+        free: np.ndarray | None = None,
+        damage: float | None = None,
+        polarity: float = 0.0,
+        means: ActivationMeans | None = None,
+        advance: Advance = lambda _: None,
+    ) -> np.ndarray:
+        """Train gates on the model as it is, (units,).
+
+        Parameters
+        ----------
+        table: answers of the model that spreads are taken from.
+        start: (units,), the gates to begin with.
+        free: bool (units,), the gates that may move; None for all.
+        damage: lambda, if it is not to be that of the settings.
+        polarity: rho at the last step; it rises evenly from 0.
+        """
+        model, space = fit.model, UnitSpace.of(fit.model)
+        rng = np.random.default_rng(self.seed)
+        lesson = Lesson.prepare(fit, table, self.prompts, self.seed)
+        text = _Text.prepare(fit, TEXT_TOKENS)
+        gates = Gates.ones(model, (), means)
+        leaves, slices = gates.leaves(), _slices(space)
+        held = torch.from_numpy(start.astype(np.float32))
+        moving = torch.ones(len(space), dtype=torch.bool) if free is None else torch.from_numpy(free)
+        for leaf, place in zip(leaves, slices, strict=True):
+            leaf.data.copy_(held[place])
+        optimiser = torch.optim.Adam(leaves, lr=self.learning_rate)
+        scenarios = _shuffled(rng, len(lesson.batches))
+        for step in range(steps):
+            optimiser.zero_grad()
+            windows = rng.permutation(len(text.tokens))[: self.windows]
+            weight = self.damage if damage is None else damage
+            with torch.enable_grad(), gated(model, gates), model.arithmetic():
+                lesson.loss(model, next(scenarios)).backward()  # type: ignore[no-untyped-call]
+                (weight * text.divergence(model, windows)).backward()  # type: ignore[no-untyped-call]
+            rho = polarity * step / max(1, steps - 1)
+            for leaf, place in zip(leaves, slices, strict=True):
+                assert leaf.grad is not None
+                leaf.grad += -self.price + rho * (1 - 2 * leaf.detach())
+                leaf.grad[~moving[place].to(leaf.device)] = 0
+            optimiser.step()
+            for leaf, place in zip(leaves, slices, strict=True):
+                leaf.data.clamp_(0, 1)
+                still = ~moving[place].to(leaf.device)
+                leaf.data[still] = held[place].to(leaf.device)[still]
+            advance(1)
+        return torch.cat([leaf.detach().cpu() for leaf in leaves]).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """The prompts of a training, packed scenario by scenario, and how its loss is made of their answers.
+
+    Attributes
+    ----------
+    batches: per scenario, its prompts in one or more forward passes.
+    weights: per scenario, (pairs, prompts): one group's mean minus the other's, over the spread of the scenario.
+    """
+
+    fit: Evaluator
+    batches: list[list[Batch]]
+    weights: list[Tensor]
+
+    @classmethod
+    def prepare(cls, fit: Evaluator, table: Table, prompts: int, seed: int) -> Lesson:
+        groups = len(np.unique(fit.prompts.groups))
+        draw = PromptDraw.stratified(fit.prompts, max(2, prompts // groups), None, seed)
+        drawn = draw.of(fit.prompts)
+        group_of = dict(zip(drawn.markers, drawn.groups, strict=True))
+        spreads = [spread for *_, spread in pairs_of_groups(table)]  # per pair, (scenarios,)
+        batches, weights = [], []
+        for row, scenario in enumerate(fit.prompts.scenarios):
+            asked = drawn.of_scenarios([scenario])
+            batches.append(pack(fit.model, asked, fit.batch_size))
+            owner = np.array([group_of[prompt.marker] for prompt in asked.prompts])
+            rows = [
+                ((owner == a) / max(1, (owner == a).sum()) - (owner == b) / max(1, (owner == b).sum())) / spread[row]
+                for (a, b), spread in zip(table.pairs, spreads, strict=True)
+            ]
+            weights.append(torch.from_numpy(np.array(rows, dtype=np.float32)))
+        return cls(fit, batches, weights)
+
+    def loss(self, model: LanguageModel, scenario: int) -> Tensor:
+        """Mean over pairs of (gap / spread)^2 in one scenario."""
+        batches = self.batches[scenario]
+        y = torch.cat([batch_y(model, self.fit.prompts.suite, batch) for batch in batches])  # (prompts,)
+        model.usage.backward += sum(batch.tokens for batch in batches)
+        return (self.weights[scenario].to(y) @ y).square().mean()
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Beginnings of windows of neutral text, and the unpruned model's hidden states there.
+
+    Attributes
+    ----------
+    tokens: per window, (length,). hidden: per window, (length, hidden).
+    """
+
+    tokens: list[Tensor]
+    hidden: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(cls, fit: Evaluator, length: int) -> _Text:
+        assert fit.text is not None, "gates need neutral text"
+        tokens = [window.tokens[:length] for window in fit.text.windows]
+        return cls(tokens, [fit.model.hidden(one[None], None, None)[0] for one in tokens])
+
+    def divergence(self, model: LanguageModel, windows: np.ndarray) -> Tensor:
+        """KL(unpruned || as it is) in nats per token of some windows."""
+        parts, count = [], 0
+        for number in windows:
+            hidden = model.hidden(self.tokens[number][None], None, None)[0]
+            with torch.no_grad():
+                before = model.log_probabilities(self.hidden[number])
+            parts.append(kl_div(model.log_probabilities(hidden), before, reduction="sum", log_target=True))
+            count += len(hidden)
+        model.usage.backward += count
+        return torch.stack(parts).sum() / count
+
+
+def _slices(space: UnitSpace) -> list[slice]:
+    layers = range(space.n_layers)
+    return [*map(space.head_slice, layers), *map(space.neuron_slice, layers)]
+
+
+def _shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
+    """Numbers below ``count`` for ever, all of them in a new order each time."""
+    while True:
+        yield from rng.permutation(count).tolist()

@@ -1,0 +1,98 @@
+"""``Rounding``: close the lowest gates for good, as many as the model bears, then train the others around them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from secateur.models import LanguageModel
+from secateur.scoring.base import Settings
+from secateur.scoring.gates import GateScores, GateTraining
+from secateur.search.base import CandidateKind, Problem, Proposals, Selection
+from secateur.units import UnitSpace
+
+OPEN = 0.5
+
+
+class Rounding(Settings):
+    """Round trained gates to 0 and 1, and check each rounding on the model.
+
+    Attributes
+    ----------
+    start, factor: the smallest count of closed gates, and the ratio of one count to the one before; a range ends
+        where the utility limit is broken.
+    rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
+        best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
+        utility limit, damage weighs twice as much in the next round, and half as much where it does not.
+    steps: of each such training.
+    pool: see rounds.
+    polarity: how hard gates are driven to 0 or 1 at its end.
+
+    All ours.
+    """
+
+    start: Annotated[int, Field(ge=1)] = 8
+    factor: Annotated[float, Field(gt=1)] = 4.0
+    rounds: Annotated[int, Field(ge=0)] = 3
+    steps: Annotated[int, Field(ge=1)] = 40
+    pool: Annotated[int, Field(ge=1)] = 4
+    polarity: Annotated[float, Field(ge=0)] = 0.02
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"rounds": 1, "steps": 20}
+
+    def check(self, model: LanguageModel, scorer: GateTraining, ablation: str) -> None:
+        """Every model will do."""
+
+    def proposals(self, problem: Problem, scorer: GateTraining) -> Proposals:
+        """The lowest gates in growing numbers, then the roundings of further training."""
+        scores: GateScores = problem.score(scorer)
+        order = np.argsort(scores.gates, kind="stable")
+        order = order[scores.gates[order] < 1]
+        best, count = 0, self.start
+        least = np.inf
+        while count <= len(order):
+            outcome = yield _selection(problem.space, order[:count], {"count": count})
+            if not outcome.within_limit:
+                break
+            if outcome.bias_square < least:
+                best, least = count, outcome.bias_square
+            count = max(count + 1, round(count * self.factor))
+        if len(order):
+            yield from self._refined(problem, scorer, scores.gates, order, best or min(self.start, len(order)))
+
+    def _refined(
+        self, problem: Problem, scorer: GateTraining, gates: np.ndarray, order: np.ndarray, closed: int
+    ) -> Proposals:
+        """Train the gates of the pool again and again, and round them."""
+        free = np.zeros(len(gates), dtype=bool)
+        free[order[: self.pool * closed]] = True
+        gates = np.where(free, gates, 1.0).astype(np.float32)
+        gates[order[:closed]] = 0
+        table, damage = problem.fit.evaluate().table, scorer.damage
+        for number in range(1, self.rounds + 1):
+            with problem.step(f"Train the gates again, round {number}", self.steps) as advance:
+                gates = scorer.train(
+                    problem.fit,
+                    table,
+                    gates,
+                    self.steps,
+                    free=free,
+                    damage=damage,
+                    polarity=self.polarity,
+                    means=problem.means,
+                    advance=advance,
+                )
+            removed = np.flatnonzero(gates < OPEN)
+            if not len(removed):
+                return
+            outcome = yield _selection(problem.space, removed, {"round": number, "damage": damage})
+            damage *= 0.5 if outcome.within_limit else 2.0
+
+
+def _selection(space: UnitSpace, removed: np.ndarray, knobs: dict[str, Any]) -> Selection:
+    heads = int((removed < space.n_heads).sum())
+    kind: CandidateKind = "both" if 0 < heads < len(removed) else "heads" if heads else "neurons"
+    return Selection(kind, removed, knobs)

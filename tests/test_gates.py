@@ -1,0 +1,143 @@
+"""Gates: the loss and its gradient against plain computations, bounds, what stays free, and the rounding."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+
+import numpy as np
+import pytest
+import torch
+from test_scoring import fit_of, means_of
+from tiny import HEADS, LAYERS, NAMES
+
+from secateur.evaluation import Evaluator
+from secateur.measures.disparity import Table
+from secateur.scoring.attribution import pairs_of_groups
+from secateur.scoring.gates import GateScores, GateTraining, Lesson
+from secateur.search.base import Outcome, Problem
+from secateur.search.rounding import Rounding
+from secateur.units import Mask, UnitSpace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = GateTraining(gate_steps=3, prompts=6)
+
+
+def table_of(fit: Evaluator) -> Table:
+    return fit.evaluate().table
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_mean_square_of_gaps_over_spreads(name: str) -> None:
+    fit = fit_of(name)
+    lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)  # all markers
+    smds = np.array([smd for _, _, _, smd, _ in pairs_of_groups(table_of(fit))])  # (pairs, scenarios)
+    for scenario in range(len(fit.prompts.scenarios)):
+        with torch.no_grad():
+            found = float(lesson.loss(fit.model, scenario))
+        assert found == pytest.approx(float((smds[:, scenario] ** 2).mean()), rel=1e-3)
+
+
+def test_gates_stay_between_0_and_1_and_every_one_may_move() -> None:
+    fit = fit_of()
+    gates = SHORT.score(fit).gates
+    assert gates.shape == (len(UnitSpace.of(fit.model)),)
+    assert gates.min() >= 0
+    assert gates.max() <= 1
+    assert (gates < 1).mean() > 0.3
+    assert (gates[: LAYERS * HEADS] < 1).any()
+
+
+def test_training_lowers_the_disparity() -> None:
+    fit = fit_of()
+    table = table_of(fit)
+    lesson = Lesson.prepare(fit, table, 99, 0)
+
+    def loss(gates: np.ndarray) -> float:
+        removed = np.flatnonzero(gates < 0.5)
+        with Mask.removing(fit.model, removed).applied(fit.model), torch.no_grad():
+            return sum(float(lesson.loss(fit.model, s)) for s in range(len(lesson.batches)))
+
+    scorer = GateTraining(damage=0, price=0, prompts=99, learning_rate=0.1)
+    start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)
+    trained = scorer.train(fit, table, start, 30, polarity=0.1)
+    assert 0 < (trained < 0.5).sum() < len(trained)
+    assert loss(trained) < loss(start)
+
+
+def test_what_is_not_free_stays_as_it_was() -> None:
+    fit = fit_of()
+    start = np.random.default_rng(0).random(len(UnitSpace.of(fit.model))).astype(np.float32)
+    free = np.arange(len(start)) % 3 == 0
+    trained = SHORT.train(fit, table_of(fit), start, 3, free=free)
+    np.testing.assert_array_equal(trained[~free], start[~free])
+    assert (trained[free] != start[free]).mean() > 0.9
+
+
+def test_polarity_drives_gates_to_their_nearer_end() -> None:
+    fit = fit_of()
+    start = np.where(np.arange(len(UnitSpace.of(fit.model))) % 2, 0.8, 0.2).astype(np.float32)
+    scorer = GateTraining(damage=0, price=0, learning_rate=0.05)
+    trained = scorer.train(fit, table_of(fit), start, 20, polarity=1e4)
+    assert set(np.unique(trained)) == {0.0, 1.0}
+    np.testing.assert_array_equal(trained, np.round(start))
+
+
+def test_damage_keeps_gates_open() -> None:
+    fit = fit_of()
+    start, table = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32), table_of(fit)
+    free, dear = (GateTraining(damage=d, price=0).train(fit, table, start, 8) for d in (0.0, 1e4))
+    assert dear.sum() > free.sum()
+
+
+def test_training_is_determined_by_its_seed_and_leaves_the_model_as_it_was() -> None:
+    fit = fit_of()
+    before = table_of(fit).y.copy()
+    one, again, other = (GateTraining(gate_steps=3, prompts=6, seed=seed).score(fit).gates for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    fresh = Evaluator(fit.model, fit.prompts, fit.text, fit.batch_size)
+    np.testing.assert_array_equal(table_of(fresh).y, before)
+    assert not any(parameter.grad is not None for parameter in fit.model.model.parameters())
+
+
+def test_work_is_what_is_reported() -> None:
+    fit, done = fit_of(), []
+    SHORT.score(fit, means=means_of(), advance=done.append)
+    assert sum(done) == SHORT.work(fit)
+
+
+class Trained(GateTraining):
+    """Scores that are known; training again closes one gate more of those that are free."""
+
+    def score(self, *arguments: object, **options: object) -> GateScores:  # type: ignore[override]
+        gates = np.ones(len(UnitSpace.of(fit_of().model)), dtype=np.float32)
+        gates[:40] = np.linspace(0.5, 0.9, 40)
+        return GateScores(gates)
+
+    def train(self, fit: object, table: object, start: np.ndarray, steps: int, **options: object) -> np.ndarray:  # type: ignore[override]
+        free, gates = options["free"], start.copy()
+        assert isinstance(free, np.ndarray)
+        gates[np.flatnonzero(free & (gates > 0))[:1]] = 0
+        self.__dict__.setdefault("damages", []).append(options["damage"])
+        return gates
+
+    def work(self, fit: object) -> int:
+        return 1
+
+
+def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+    scorer = Trained()
+    proposals, found, bias = Rounding(start=2, rounds=3).proposals(problem, scorer), [], {2: 0.9, 8: 0.5, 32: 0.1}
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            found.append(selection)
+            within = len(selection.removed) not in (32, 10)
+            selection = proposals.send(Outcome(bias.get(len(selection.removed), 0.2), 0.0, within))
+    assert [len(selection.removed) for selection in found] == [2, 8, 32, 9, 10, 11]
+    assert [selection.removed.tolist() for selection in found[3:]] == [list(range(n)) for n in (9, 10, 11)]
+    assert scorer.__dict__["damages"] == [5.0, 2.5, 5.0]
+    assert found[0].kind == "heads"
+    assert found[2].kind == "both"
