@@ -62,7 +62,7 @@ def ranks(seed: int) -> np.ndarray:
 def test_each_proposal_holds_the_highest_ranks_of_one_kind_and_ties_go_to_the_lower_position(seed: int) -> None:
     rank = ranks(seed)
     found = proposed(Counts(), Scored(rank))
-    assert [selection.kind for selection in found] == ["heads"] * 2 + ["neurons"] * 2
+    assert [selection.kind for selection in found] == ["heads"] * 2 + ["neurons"] * 3
     for selection in found:
         of_kind = range(HEADS) if selection.kind == "heads" else range(HEADS, UNITS)
         expected = sorted(of_kind, key=lambda unit: (-rank[unit], unit))
@@ -78,8 +78,8 @@ def test_equal_scores_give_equal_proposals(seed: int) -> None:
 
 def test_ranges_grow_by_the_factor_up_to_half_of_the_units() -> None:
     found = proposed(Counts(), Scored(ranks(0)))
-    assert sizes(found, "heads") == [2, 8]
-    assert sizes(found, "neurons") == [16, 64]
+    assert sizes(found, "heads") == [1, 4]
+    assert sizes(found, "neurons") == [4, 16, 64]
     found = proposed(Counts(head_start=1, neuron_start=5, factor=2), Scored(ranks(0)))
     assert sizes(found, "heads") == [1, 2, 4, 8]
     assert sizes(found, "neurons") == [5, 10, 20, 40]
@@ -97,7 +97,7 @@ def test_two_counts_in_a_row_over_the_limit_end_a_kind_alone(within: list[bool],
     counts = Counts(head_start=1, factor=2)
     found = proposed(counts, Scored(ranks(0)), within + [True] * 10)
     assert sizes(found, "heads") == heads
-    assert sizes(found, "neurons") == [16, 32, 64]  # one head count over the limit does not count here
+    assert sizes(found, "neurons") == [4, 8, 16, 32, 64]  # one head count over the limit does not count here
 
 
 def test_a_count_is_tried_alone_and_zero_leaves_a_kind_out() -> None:
@@ -138,7 +138,7 @@ def test_units_that_are_not_scored_are_never_removed() -> None:
     rank[HEADS : HEADS + 64] = np.nan
     found = proposed(Counts(), Scored(rank))
     assert sizes(found, "heads") == []
-    assert sizes(found, "neurons") == [16]  # 64 are left, and a range ends at half
+    assert sizes(found, "neurons") == [4, 16]  # 64 are left, and a range ends at half
     assert all((selection.removed >= HEADS + 64).all() for selection in found)
 
 

@@ -18,7 +18,7 @@ BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
 # Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
-WIDEST_INCREASE = 1.0
+WIDEST_LIMITS = 10
 
 
 def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
@@ -154,17 +154,22 @@ def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank
     return _style(figure, 60 + 14 * max(20, space.n_layers)).update_layout(margin={"t": 40})
 
 
+def widest_increase(limit: float) -> float:
+    """The largest perplexity increase that is drawn to scale."""
+    return WIDEST_LIMITS * limit
+
+
 def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
     """Every candidate of every method on select, and each method's choice on test with its intervals.
 
-    Increases above 100 % are drawn at 100 %, since some masks destroy the model.
+    Increases above :func:`widest_increase` are drawn there, since some masks destroy the model.
     """
-    figure = go.Figure()
+    figure, widest = go.Figure(), widest_increase(limit)
     for number, found in enumerate(methods):
         colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[number % len(SYMBOLS)]
         name = escape(found.name)
         figure.add_scatter(
-            x=[100 * min(c.perplexity_increase, WIDEST_INCREASE) for c in found.candidates],
+            x=[100 * min(c.perplexity_increase, widest) for c in found.candidates],
             y=[c.bias for c in found.candidates],
             mode="markers",
             name=name,

@@ -12,7 +12,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import secateur
-from secateur.reports.figures import candidates_figure, cost_figure, pareto_figure, scenario_figure, units_figure
+from secateur.reports.figures import (
+    candidates_figure,
+    cost_figure,
+    pareto_figure,
+    scenario_figure,
+    units_figure,
+    widest_increase,
+)
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
 from secateur.studies.repair import RepairResult
@@ -55,6 +62,7 @@ def render_compare(result: CompareResult) -> str:
         result=result,
         example=_example(result.suite),
         drawn=next((found for found in result.methods if found.random_reductions), None),
+        widest=widest_increase(result.limit),
         pareto_figure=_picture(pareto_figure(result.methods, result.limit)),
         cost_figure=_picture(cost_figure(result.methods)),
     )

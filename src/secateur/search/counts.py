@@ -36,8 +36,8 @@ class Counts(Settings):
 
     heads: Annotated[int | None, Field(ge=0)] = None
     neurons: Annotated[int | None, Field(ge=0)] = None
-    head_start: Annotated[int, Field(ge=1)] = 2
-    neuron_start: Annotated[int, Field(ge=1)] = 16
+    head_start: Annotated[int, Field(ge=1)] = 1
+    neuron_start: Annotated[int, Field(ge=1)] = 4
     factor: Annotated[float, Field(gt=1)] = 4.0
 
     def model_post_init(self, context: object) -> None:

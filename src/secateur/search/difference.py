@@ -14,7 +14,7 @@ from secateur.scoring.base import Ranking, Scorer, Settings
 from secateur.search.base import Problem, Proposals, Selection
 from secateur.units import UnitSpace
 
-TOPS = (5, 10, 20, 40)
+TOPS = (2, 5, 10, 20, 40)
 EXCLUDED = (40, 20, 5)
 
 
@@ -23,7 +23,7 @@ class SetDifference(Settings):
 
     Attributes
     ----------
-    top: how many heads stand out under the minority; None tries 5, 10, 20 and 40.
+    top: how many heads stand out under the minority; None tries 2, 5, 10, 20 and 40.
     exclude: how many heads stand out under the majority; None tries 40, 20 and 5.
 
     The published counts (Ma et al., FAccT 2025) are 40 and 5. A suite whose groups are read alike leaves few heads

@@ -19,7 +19,7 @@ from secateur.units import UnitSpace
 from secateur.weights import WeightMask, linear_layers, weight_matrix
 
 # Published for neurons: (40, 35). The earlier prototype, for weights: (15, 15). The smaller ones are ours.
-GRID = ((1.0, 1.0), (5.0, 5.0), (15.0, 15.0), (40.0, 35.0))
+GRID = ((0.3, 0.3), (1.0, 1.0), (5.0, 5.0), (15.0, 15.0), (40.0, 35.0))
 PATIENCE = 2
 NO_UNITS = np.zeros(0, dtype=int)
 

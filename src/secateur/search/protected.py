@@ -14,9 +14,10 @@ from secateur.scoring.base import Scorer, Settings
 from secateur.search.base import Problem, Proposals, Selection
 from secateur.units import UnitSpace
 
-# The paper tries gamma .2 to .7 and alpha .02 to .20 in steps of .02; every pair costs a measurement.
+# The paper tries gamma .2 to .7 and alpha .02 to .20 in steps of .02; every pair costs a measurement. Small models
+# bear less, so .01 is tried as well.
 GAMMAS = (0.3, 0.5, 0.7)
-ALPHAS = (0.02, 0.05, 0.1, 0.2)
+ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -27,7 +28,8 @@ class Protected(Settings):
     Attributes
     ----------
     gamma: protected share of all heads; None tries .3, .5 and .7.
-    alpha: removed share of all heads, not of those unprotected; None tries .02, .05, .1 and .2.
+    alpha: removed share of all heads, not of those unprotected; None tries .01, .02, .05,
+        .1 and .2.
 
     For every gamma, alpha grows until a proposal breaks the utility limit. Pairs that add up to more
     than 1 are left out. The paper's own grid, gamma .2 to .7 and alpha .02 to .20, is
