@@ -58,6 +58,7 @@ class Problem:
     folds: the same, the prompts dealt into folds of scenarios.
     step: opens a step of the run's progress.
     means: for mean ablation.
+    limit: the utility limit, relative; select and test, not the search, decide whether a mask keeps to it.
     scores: of the unpruned model, once they are known.
     localise_tokens: tokens that were forwarded to score units, the rounds of a search included.
     """
@@ -67,6 +68,7 @@ class Problem:
     folds: list[Evaluator]
     step: Callable[[str, int], AbstractContextManager[Advance]]
     means: ActivationMeans | None = None
+    limit: float = 0.02
     scores: Scores | None = None
     localise_tokens: int = 0
 

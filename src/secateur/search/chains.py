@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,26 @@ Cooling = Literal["logarithmic", "geometric"]
 WALK_STEPS = 50
 LAST_SHARE = 1e-3
 REFRESHED_EVERY = 500
+
+
+class StateEnergy(Protocol):
+    """What chains lower: a number per state, cheap to update after a flip."""
+
+    def hidden(self, removed: Tensor) -> list[Tensor]:
+        """What :meth:`read` needs of states, bool (chains, units)."""
+        ...
+
+    def read(self, hidden: Sequence[Tensor]) -> Tensor:
+        """The energies, (chains,)."""
+        ...
+
+    def of(self, removed: Tensor) -> Tensor:
+        """The energies, (chains,), of states."""
+        ...
+
+    def flipped(self, hidden: Sequence[Tensor], unit: Tensor, sign: Tensor) -> list[Tensor]:
+        """What :meth:`read` needs after one flip per chain."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +98,7 @@ class Annealed:
 
 @torch.no_grad()
 def anneal(
-    energy: Energy,
+    energy: StateEnergy,
     units: int,
     bounds: tuple[int, int],
     *,

@@ -22,6 +22,7 @@ from secateur.scoring.name_attention import NameAttention
 from secateur.scoring.random import Random
 from secateur.scoring.sampled_masks import SampledMasks
 from secateur.scoring.wanda_difference import WandaDifference
+from secateur.search.annealing import Annealing
 from secateur.search.attention_pruning import SurrogateAnnealing
 from secateur.search.base import Search
 from secateur.search.counts import Counts
@@ -47,6 +48,9 @@ class MethodKind:
 METHODS: dict[str, MethodKind] = {
     "attribution": MethodKind(
         Attribution, Elimination, "effect of every head and neuron per cost, from one backward pass; in rounds"
+    ),
+    "annealing": MethodKind(
+        Attribution, Annealing, "heads and blocks of neurons, annealed on surrogates that learn in rounds"
     ),
     "gates": MethodKind(GateTraining, Rounding, "a gate for every unit, trained against bias and damage, then rounded"),
     "random": MethodKind(Random, Counts, "units in a random order: what every method must beat"),

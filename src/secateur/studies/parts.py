@@ -145,7 +145,7 @@ class Parts:
             assert text is not None
             with recorder.step("Mean activations", len(text.windows)) as advance:
                 means = activation_means(model, text, advance)
-        return Problem(model, self.fit, self.folds, recorder.step, means)
+        return Problem(model, self.fit, self.folds, recorder.step, means, settings.max_perplexity_increase)
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:

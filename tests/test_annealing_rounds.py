@@ -1,0 +1,158 @@
+"""Annealing over items: what moves, the energy, the front, and the search on a known function and on a tiny model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_annealing import random_surrogate
+from test_scoring import fit_of
+
+from secateur.scoring.attribution import Attribution, Effects, disparity
+from secateur.search.annealing import Annealing, CautiousEnergy, Measured, Survey, find_items, first_states, with_flips
+from secateur.search.base import Outcome, Problem
+from secateur.search.chains import draw_states
+from secateur.units import Mask, UnitSpace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = Annealing(evaluations=24, rounds=2, heads=4, neurons=30, block=8, chains=16, steps=40, markers=2, windows=1)
+
+
+def problem_of() -> Problem:
+    fit = fit_of()
+    return Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+
+
+def effects_of(problem: Problem, seed: int = 0) -> Effects:
+    draw = np.random.default_rng(seed)
+    units = len(problem.space)
+    return Effects(-draw.random(units), np.zeros(units), 0.1 + draw.random(units), np.ones(units))
+
+
+def measured(bias: float, increase: float, units: int) -> Measured:
+    return Measured(np.arange(4) == units, bias, increase, units)
+
+
+def test_items_are_heads_and_growing_blocks_in_the_order_of_attribution() -> None:
+    problem = problem_of()
+    scores = effects_of(problem)
+    items = find_items(scores, problem, SMALL)
+    heads = [units for units in items if units[0] < problem.space.n_heads]
+    blocks = [units for units in items if units[0] >= problem.space.n_heads]
+    assert [len(units) for units in heads] == [1] * 4
+    assert sorted(map(len, blocks)) == [1, 2, 4, 7, 8, 8]
+    everything = np.concatenate(items)
+    assert len(set(everything)) == len(everything)
+    means = [scores.rank[units].mean() for units in items]
+    assert means == sorted(means, reverse=True)
+    best = np.argsort(-scores.rank[: problem.space.n_heads])[:4]
+    assert sorted(int(units[0]) for units in heads) == sorted(best.tolist())
+
+
+@given(st.integers(1, 30), st.integers(4, 60))
+def test_first_states_are_as_many_as_asked_and_begin_with_none(items: int, count: int) -> None:
+    states = first_states(items, count, np.random.default_rng(0))
+    assert len(states) == count
+    assert not states[0].any()
+    assert all(state.shape == (items,) for state in states)
+
+
+def test_flips_are_all_neighbours() -> None:
+    states = torch.tensor([[1, 0, 0], [0, 0, 0]]).bool()
+    found = {tuple(state.tolist()) for state in with_flips(states).int()}
+    assert found == {(0, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)}
+
+
+@given(st.integers(0, 500))
+def test_a_cautious_energy_is_mean_plus_disagreement_and_prices_increases_alone(seed: int) -> None:
+    bias, increase = ([random_surrogate(seed + 10 * k + m) for m in range(3)] for k in (1, 2))
+    energy = CautiousEnergy(bias, increase, price=2.0, caution=0.5)
+    states = draw_states(12, (0, 12), 5, torch.Generator().manual_seed(seed))
+    b, i = (np.array([one.predict(states).numpy() for one in part]) for part in (bias, increase))
+    expected = b.mean(0) + 0.5 * b.std(0) + 2 * np.maximum(0, i.mean(0) + 0.5 * i.std(0))
+    np.testing.assert_allclose(energy.of(states).numpy(), expected, rtol=1e-3, atol=1e-4)
+    unit, sign = torch.zeros(5, dtype=torch.long), 1.0 - 2.0 * states[:, 0].float()
+    flipped = states.clone()
+    flipped[:, 0] ^= True
+    after = energy.read(energy.flipped(energy.hidden(states), unit, sign))
+    torch.testing.assert_close(after, energy.of(flipped), rtol=1e-3, atol=1e-3)
+
+
+def test_the_front_holds_what_nothing_dominates() -> None:
+    survey = Survey(problem_of(), fit_of(), [], limit=0.02, unpruned=0.0)
+    kept = [measured(0.5, 0.01, 2), measured(0.3, 0.015, 3), measured(0.1, 0.5, 3)]
+    lost = [measured(0.5, 0.02, 2), measured(0.6, 0.02, 3)]
+    survey.found = [lost[0], kept[2], kept[0], lost[1], kept[1], measured(0.9, 0.0, 0)]
+    assert survey.front() == [kept[1], kept[0], kept[2]]
+
+
+def propose(search: Annealing, problem: Problem, scorer: Any) -> list[Any]:
+    proposals, found = search.proposals(problem, scorer), []
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            found.append(selection)
+            selection = proposals.send(Outcome(0.1, 0.0, True))
+    return found
+
+
+def test_the_search_measures_what_it_may_and_proposes_its_front() -> None:
+    problem = problem_of()
+    found = propose(SMALL, problem, Attribution())
+    assert 1 <= len(found) <= SMALL.finalists
+    sets = [tuple(selection.removed.tolist()) for selection in found]
+    assert len(set(sets)) == len(sets)
+    again = propose(SMALL, problem_of(), Attribution())
+    assert [tuple(selection.removed.tolist()) for selection in again] == sets
+    survey = Survey.prepare(problem, [], SMALL)
+    for selection in found:
+        table = survey.part.evaluate(Mask.removing(problem.model, selection.removed)).table
+        assert selection.knobs["fit_bias"] == pytest.approx(disparity(table), rel=1e-3)
+
+
+def test_the_search_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    measure = Survey.measure
+
+    def noted(self: Survey, state: np.ndarray) -> None:
+        if state.tobytes() not in self.asked:
+            asked.append(state.tobytes())
+        measure(self, state)
+
+    monkeypatch.setattr(Survey, "measure", noted)
+    propose(SMALL, problem_of(), Attribution())
+    assert len(asked) == len(set(asked)) <= 24
+    assert len(asked) > 24 // 3, "rounds measure masks, too"
+
+
+def test_the_search_finds_the_best_of_a_known_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias falls with the wanted items and rises with the others; every item costs a little."""
+    problem = problem_of()
+    scores = effects_of(problem)
+    wanted = np.random.default_rng(5).random(10) < 0.5
+
+    def measure(self: Survey, state: np.ndarray) -> None:
+        self.asked.add(state.tobytes())
+        bias = 1 + 0.3 * float((state & ~wanted).sum()) - 0.1 * float((state & wanted).sum())
+        self.found.append(Measured(state, bias, 1e-4 * float(state.sum()), int(state.sum())))
+
+    monkeypatch.setattr(Survey, "measure", measure)
+    monkeypatch.setattr(Attribution, "score", lambda *_, **__: scores)
+    search = SMALL.model_copy(update={"evaluations": 90, "rounds": 5, "steps": 200, "chains": 64})
+    items = find_items(scores, problem, search)
+    assert len(items) == 10
+    best = propose(search, problem, Attribution())[0]
+    assert best.removed.tolist() == sorted(np.concatenate([items[i] for i in np.flatnonzero(wanted)]).tolist())
+
+
+def test_a_model_without_promising_units_gets_no_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of()
+    units = len(UnitSpace.of(problem.model))
+    nothing = Effects(np.ones(units), np.zeros(units), np.ones(units), np.ones(units))
+    monkeypatch.setattr(Attribution, "score", lambda *_, **__: nothing)
+    assert propose(SMALL, problem, Attribution()) == []
