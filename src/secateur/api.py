@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.store import Store
-from secateur.files import OutputDirectory, to_json, write_text, writing
+from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
@@ -32,8 +33,6 @@ from secateur.suites import Suite, load_suite, suite_hash
 from secateur.surgery import check_ablation_fits, write_checkpoint
 
 SPARE_BYTES = 50_000_000
-STATE = "partial.json"
-MEASURED = "measured.sqlite"
 
 
 def audit(
@@ -131,8 +130,10 @@ def repair(
         if _left_by(directory, key) is not None:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
+        head = _head(key, model, suite)
+
         def save(state: dict[str, Any]) -> None:
-            directory.write_json(STATE, {"key": key, **state})
+            directory.write_json(STATE, {**head, **state})
 
         save({})
         with Store(directory.staging / MEASURED, model.fingerprint) as store:
@@ -214,8 +215,10 @@ def compare(
         if state is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
 
+        head = _head(key, model, suite)
+
         def save() -> None:
-            directory.write_json(STATE, {"key": key, "methods": [asdict(one) for one in done.values()]})
+            directory.write_json(STATE, {**head, "methods": [asdict(one) for one in done.values()]})
 
         def remember(found: MethodResult) -> None:
             done[found.name] = found
@@ -248,6 +251,11 @@ def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySett
         "settings": settings.as_dict(),
     }
     return dict(json.loads(to_json(key)))
+
+
+def _head(key: dict[str, Any], model: LanguageModel, suite: Suite) -> dict[str, Any]:
+    """What the state of every run begins with."""
+    return {"key": key, "suite": suite.name, "source": model.source, "command": sys.argv[1:]}
 
 
 def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] | None:

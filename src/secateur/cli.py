@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -322,6 +323,26 @@ def show(directory: Annotated[Path, typer.Argument(help="A run's directory.")]) 
 
     for line in show_lines(directory):
         console.print(escape(line))
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds runs.")] = Path("runs"),
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Carry on this interrupted run.")
+    ] = None,
+) -> None:
+    """List runs, or carry one on that was interrupted."""
+    from secateur.reports.terminal import runs_table
+    from secateur.studies.runs import list_runs, resume_command
+
+    if resume is None:
+        console.print(runs_table(list_runs(folder)))
+        return
+    command = resume_command(resume)
+    console.print(f"secateur {escape(shlex.join(command))}")
+    sys.argv[1:] = command
+    app(command)
 
 
 @suites_app.callback()

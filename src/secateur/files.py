@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 from secateur.errors import OutputError
 
 PARTIAL_SUFFIX = ".partial"
+# In the directory of a run that is under way: what it is and how far, and every mask that it has measured.
+STATE = "partial.json"
+MEASURED = "measured.sqlite"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
 from secateur.studies.localise import LocaliseResult
 from secateur.studies.repair import RepairResult
+from secateur.studies.runs import Run
 from secateur.suites import Suite, fill
 
 
@@ -226,6 +227,17 @@ def localise_table(result: LocaliseResult, count: int = 15) -> Table:
     for row in result.top(count):
         figures = (f"{row[name]:.4g}" for name in ("rank", *result.values))
         table.add_row(f"{row['kind']} {row['layer']}.{row['index']}", *figures)
+    return table
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """One line per run."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("run", "study", "suite", "result"):
+        table.add_column(heading, overflow="fold")
+    for run in runs:
+        style = None if run.finished else "dim"
+        table.add_row(escape(str(run.path)), run.study, escape(run.suite), escape(run.summary), style=style)
     return table
 
 

@@ -1,0 +1,121 @@
+"""The runs in a folder: what is finished, what was interrupted, and the command that carries it on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import DataError
+from secateur.evaluation.store import Store
+from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
+
+RESULTS = {"result.json": "repair", "compare.json": "compare", "audit.json": "audit", "localise.json": "localise"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes
+    ----------
+    path: its directory, under the name that it was asked for.
+    study: "repair", "compare", "audit" or "localise".
+    suite, model: as in its result; empty where an interrupted run does not say.
+    finished: whether the result is there.
+    summary: the verdict, the best method, or what an interrupted run has measured.
+    command: the arguments that an interrupted run was begun with.
+    """
+
+    path: Path
+    study: str
+    suite: str
+    model: str
+    finished: bool
+    summary: str
+    command: tuple[str, ...] = ()
+
+
+def list_runs(folder: Path) -> list[Run]:
+    """The runs in a folder, by name; what is no run is left out.
+
+    Raises
+    ------
+    DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder '{folder}'; name the one that holds your runs.")
+    found = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [run for run in found if run is not None]
+
+
+def read_run(directory: Path) -> Run | None:
+    """The run in a directory, finished or not; None where there is none."""
+    if directory.name.endswith(PARTIAL_SUFFIX):
+        return _interrupted(directory)
+    for name, study in RESULTS.items():
+        content = _read(directory / name)
+        if content is not None:
+            suite, model = str(content.get("suite", "")), str(content.get("model", ""))
+            return Run(directory, study, suite, model, True, _summary(study, content))
+    return None
+
+
+def resume_command(directory: Path) -> list[str]:
+    """The arguments that carry on an interrupted run, from its directory or that with ``.partial``.
+
+    Raises
+    ------
+    DataError: there is no interrupted run there.
+    """
+    name = directory.name.removesuffix(PARTIAL_SUFFIX)
+    run = read_run(directory.with_name(name + PARTIAL_SUFFIX))
+    if run is None or not run.command:
+        raise DataError(f"'{directory}' holds no interrupted run; 'secateur runs' lists those that there are.")
+    return list(run.command)
+
+
+def _interrupted(directory: Path) -> Run | None:
+    state = _read(directory / STATE)
+    if state is None or "key" not in state:
+        return None
+    key = state["key"]
+    measured = 0
+    if (directory / MEASURED).is_file():
+        with Store(directory / MEASURED, str(key["model"])) as store:
+            measured = len(store)
+    done = [str(found["name"]) for found in state.get("methods", [])]
+    summary = f"interrupted, {measured} measurements" + (f"; finished: {', '.join(done)}" if done else "")
+    path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
+    return Run(
+        path,
+        str(key["study"]),
+        str(state.get("suite", "")),
+        str(state.get("source", "")),
+        False,
+        summary,
+        tuple(map(str, state.get("command", ()))),
+    )
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _summary(study: str, content: dict[str, Any]) -> str:
+    if study == "repair" and content.get("test"):
+        reduction = content["test"]["reduction"]["value"]
+        return f"{content['verdict']}: bias {-reduction:+.0%}"
+    if study == "repair":
+        return "nothing passed"
+    if study == "compare":
+        best = next((found for found in content["methods"] if found["reduction"]), None)
+        return "no method passed" if best is None else f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}"
+    if study == "audit":
+        return f"bias B {content['bias']['value']:.2f}"
+    return f"scores of {content.get('method', '')}"

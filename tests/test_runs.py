@@ -1,0 +1,100 @@
+"""Listing runs and carrying on the interrupted ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Command, save_model, write_suite, write_text
+
+from secateur.errors import DataError
+from secateur.evaluation import Evaluator
+from secateur.studies.runs import list_runs, read_run, resume_command
+
+PASSING = 2
+
+
+def arguments(directory: Path, output: Path, command: str = "repair") -> list[str | Path]:
+    inputs = ["-m", directory / "model", "-s", directory / "small.yaml", "--utility-text", directory / "neutral.txt"]
+    limits = ["--max-perplexity-increase", "5", "--control-suite", "none", "--random-draws", "2", "--device", "cpu"]
+    return [command, *inputs, *limits, "-o", output]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", PASSING)
+    write_suite(tmp_path)
+    write_text(tmp_path)
+    return tmp_path
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    evaluate, seen = Evaluator.evaluate, []
+
+    def stop(self: Evaluator, *arguments: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) > count:
+            raise KeyboardInterrupt
+        return evaluate(self, *arguments, **options)
+
+    monkeypatch.setattr(Evaluator, "evaluate", stop)
+
+
+def test_an_interrupted_repair_is_listed_and_carried_on(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = output.with_name("whole")
+    assert call(*arguments(inputs, whole)).status in (0, 3)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        assert call(*arguments(inputs, output)).status == 130
+    listed = call("runs", output.parent)
+    assert "interrupted," in listed.out
+    assert "measurements" in listed.out
+    assert "bias" in listed.out, "the finished run beside it"
+    resumed = call("runs", "--resume", output)
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out
+    assert not output.with_name(output.name + ".partial").exists()
+    one, other = (json.loads((place / "result.json").read_text()) for place in (whole, output))
+    assert one["candidates"] == other["candidates"]
+    assert one["test"] == other["test"]
+    assert [run.finished for run in list_runs(output.parent)] == [True, True]
+
+
+def test_every_kind_of_run_has_its_summary(tmp_path: Path) -> None:
+    interval = {"value": 0.4, "low": 0, "high": 1}
+    contents: dict[str, dict[str, Any]] = {
+        "result.json": {"suite": "s", "model": "m", "verdict": "verified", "test": {"reduction": interval}},
+        "compare.json": {
+            "suite": "s",
+            "methods": [{"name": "a", "reduction": None}, {"name": "b", "reduction": interval}],
+        },
+        "audit.json": {"suite": "s", "bias": interval},
+        "localise.json": {"suite": "s", "method": "magnitude"},
+    }
+    for name, content in contents.items():
+        directory = tmp_path / name.removesuffix(".json")
+        directory.mkdir()
+        (directory / name).write_text(json.dumps(content))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_text("{")
+    (tmp_path / "a file").write_text("")
+    summaries = {run.study: run.summary for run in list_runs(tmp_path)}
+    assert summaries == {
+        "repair": "verified: bias -40%",
+        "compare": "best: b, bias -40%",
+        "audit": "bias B 0.40",
+        "localise": "scores of magnitude",
+    }
+
+
+def test_what_cannot_be_listed_or_carried_on_is_said(tmp_path: Path, call: Command) -> None:
+    assert "There is no folder" in call("runs", tmp_path / "none").refusal
+    assert "holds no interrupted run" in call("runs", "--resume", tmp_path / "none").refusal
+    with pytest.raises(DataError):
+        resume_command(tmp_path)
+    assert read_run(tmp_path) is None
