@@ -119,10 +119,9 @@ def test_the_search_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[bytes] = []
     measure = Survey.measure
 
-    def noted(self: Survey, state: np.ndarray) -> None:
-        if state.tobytes() not in self.asked:
-            asked.append(state.tobytes())
-        measure(self, state)
+    def noted(self: Survey, states: list[np.ndarray], advance: Any) -> None:
+        asked.extend({state.tobytes() for state in states} - self.asked)
+        measure(self, states, advance)
 
     monkeypatch.setattr(Survey, "measure", noted)
     propose(SMALL, problem_of(), Attribution())
@@ -136,10 +135,11 @@ def test_the_search_finds_the_best_of_a_known_function(monkeypatch: pytest.Monke
     scores = effects_of(problem)
     wanted = np.random.default_rng(5).random(10) < 0.5
 
-    def measure(self: Survey, state: np.ndarray) -> None:
-        self.asked.add(state.tobytes())
-        bias = 1 + 0.3 * float((state & ~wanted).sum()) - 0.1 * float((state & wanted).sum())
-        self.found.append(Measured(state, bias, 1e-4 * float(state.sum()), int(state.sum())))
+    def measure(self: Survey, states: list[np.ndarray], advance: Any) -> None:
+        for state in states:
+            self.asked.add(state.tobytes())
+            bias = 1 + 0.3 * float((state & ~wanted).sum()) - 0.1 * float((state & wanted).sum())
+            self.found.append(Measured(state, bias, 1e-4 * float(state.sum()), int(state.sum())))
 
     monkeypatch.setattr(Survey, "measure", measure)
     monkeypatch.setattr(Attribution, "score", lambda *_, **__: scores)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.cluster import Cluster, check_address
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
@@ -93,6 +96,7 @@ def repair(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ray: str | None = None,
     **settings: Any,
 ) -> RepairResult:
     """Find the units that carry a suite's bias, remove the few that matter, and prove it held out.
@@ -103,6 +107,7 @@ def repair(
     suite: the name of a built-in suite, the path of a YAML file, or a suite; None for the default.
     output: a directory for ``result.json``, ``run.json``, ``plan.json`` with its mask,
         ``report.html`` and ``checkpoint/``; overwrite: replace it if it exists.
+    ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
     settings: fields of :class:`secateur.RepairSettings`, such as ``max_perplexity_increase=0.02``.
 
     Returns
@@ -116,13 +121,16 @@ def repair(
     MaskError: mean ablation is asked for, and the family's checkpoints cannot carry it.
     NumericalError: the model's answers are not finite.
     OutputError: the directory exists or cannot be written.
+    ClusterError: Ray is not installed, or the cluster does not answer.
     """
     suite = load_suite(suite)
     chosen = RepairSettings(**settings)
     chosen.check()
     progress = progress or Progress()
+    check_address(ray)
     if output is None:
-        return repairs.repair(model, suite, chosen, progress=progress)
+        with _actors(ray, model, progress) as cluster:
+            return repairs.repair(model, suite, chosen, progress=progress, cluster=cluster)
     check_ablation_fits(model, chosen.ablation)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model), carry_on=True)
     key = _run_key("repair", model, suite, chosen)
@@ -136,8 +144,13 @@ def repair(
             directory.write_json(STATE, {**head, **state})
 
         save({})
-        with Store(directory.staging / MEASURED, model.fingerprint) as store:
-            result = repairs.repair(model, suite, chosen, progress=progress, save_partial=save, store=store)
+        with (
+            Store(directory.staging / MEASURED, model.fingerprint) as store,
+            _actors(ray, model, progress) as cluster,
+        ):
+            result = repairs.repair(
+                model, suite, chosen, progress=progress, save_partial=save, store=store, cluster=cluster
+            )
         _write_repair(result, model, directory)
     (directory.target / STATE).unlink(missing_ok=True)
     return result
@@ -185,6 +198,7 @@ def compare(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ray: str | None = None,
     **settings: Any,
 ) -> CompareResult:
     """Compare methods on the same model, data and utility limit.
@@ -193,6 +207,7 @@ def compare(
     ----------
     output: a directory for ``compare.json``, ``compare.csv`` and ``report.html``; overwrite: replace it if
         it exists. A run that was interrupted carries on with the methods that were not finished.
+    ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
     settings: fields of :class:`secateur.CompareSettings`, such as ``methods=("attribution", "random")``
         or ``quick=True``.
 
@@ -205,8 +220,10 @@ def compare(
     chosen = CompareSettings(**settings)
     chosen.check()
     progress = progress or Progress()
+    check_address(ray)
     if output is None:
-        return comparisons.compare(model, suite, chosen, progress=progress)
+        with _actors(ray, model, progress) as cluster:
+            return comparisons.compare(model, suite, chosen, progress=progress, cluster=cluster)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("compare", model, suite, chosen)
     with writing(directory, keep=True):
@@ -225,15 +242,37 @@ def compare(
             save()
 
         save()
-        with Store(directory.staging / MEASURED, model.fingerprint) as store:
+        with (
+            Store(directory.staging / MEASURED, model.fingerprint) as store,
+            _actors(ray, model, progress) as cluster,
+        ):
             result = comparisons.compare(
-                model, suite, chosen, progress=progress, remembered=dict(done), remember=remember, store=store
+                model,
+                suite,
+                chosen,
+                progress=progress,
+                remembered=dict(done),
+                remember=remember,
+                store=store,
+                cluster=cluster,
             )
         directory.write_json("compare.json", result.as_dict())
         write_text(directory.staging / "compare.csv", result.csv())
         write_text(directory.staging / "report.html", render_compare(result))
     (directory.target / STATE).unlink(missing_ok=True)
     return result
+
+
+@contextmanager
+def _actors(address: str | None, model: LanguageModel, progress: Progress) -> Iterator[Cluster | None]:
+    """Ray actors while the context lasts; none without an address."""
+    if address is None:
+        yield None
+        return
+    progress.say(f"Starting Ray actors ({address})")
+    with Cluster.start(address, model) as cluster:
+        progress.say(f"{len(cluster.actors)} actors are ready")
+        yield cluster
 
 
 def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySettings) -> dict[str, Any]:

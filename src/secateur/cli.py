@@ -53,6 +53,10 @@ UtilityText = Annotated[Path | None, typer.Option(help="Neutral text instead of 
 UtilityTokens = Annotated[int, typer.Option(help="Tokens of it in each of fit, select and test; 0 for all.")]
 MaxMarkers = Annotated[int, typer.Option(help="Markers per group in fit and select; 0 for all.")]
 ControlSuite = Annotated[str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", help="Spread evaluations over Ray actors: auto, local:N or a cluster's address."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -146,10 +150,12 @@ def repair(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
+    ray: RayAddress = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the units that carry a bias, remove the few that matter, prove it on held-out data."""
     import secateur
+    from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, repair_lines, repair_table
 
     told: dict[str, Any] = {
@@ -162,11 +168,12 @@ def repair(
         ),
     }  # fmt: skip
     asked = _suite(suite)
+    check_address(ray)
     secateur.RepairSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.repair(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
     )
     console.print(repair_table(result))
     for line in repair_lines(result):
@@ -210,10 +217,12 @@ def compare(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
+    ray: RayAddress = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare methods on the same model, data and utility limit. An interrupted run carries on."""
     import secateur
+    from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, compare_lines, compare_table
 
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
@@ -228,11 +237,12 @@ def compare(
         ),
     }  # fmt: skip
     asked = _suite(suite)
+    check_address(ray)
     secateur.CompareSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.compare(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
     )
     console.print(compare_table(result))
     for line in compare_lines(result):

@@ -35,3 +35,7 @@ class SettingError(SecateurError):
 
 class StoreError(SecateurError):
     """A store of measured masks belongs to another model or version, is locked, damaged or cannot be written."""
+
+
+class ClusterError(SecateurError):
+    """A Ray cluster is not installed, does not answer, or loses its actors."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
 from secateur.evaluation.walk import Walk
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, pack
@@ -26,7 +29,7 @@ from secateur.models import LanguageModel
 from secateur.models.restart import Run, plainly
 from secateur.progress import Advance
 from secateur.suites import suite_hash
-from secateur.units import masked
+from secateur.units import Mask, masked
 from secateur.weights import AnyMask
 
 
@@ -44,6 +47,16 @@ class Measurement:
     nll: np.ndarray | None = None
 
 
+class Pool(Protocol):
+    """Measures many masks elsewhere; see :class:`secateur.evaluation.cluster.Cluster`."""
+
+    def measure(
+        self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool
+    ) -> Iterator[tuple[Mask, dict[str, np.ndarray] | None]]:
+        """Figures by mask, in any order; None where answers are not finite."""
+        ...
+
+
 @dataclass(eq=False)
 class Evaluator:
     """Measures masks on one part of the data; a mask measured before costs nothing.
@@ -59,6 +72,7 @@ class Evaluator:
     store: keeps every figure for other processes and later runs, or None.
     keep_bytes: memory for what entered the layers under the mask before, so that the next mask begins
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
+    cluster: Ray actors that measure many masks at once, or None.
     """
 
     model: LanguageModel
@@ -68,6 +82,7 @@ class Evaluator:
     divergence: bool = False
     store: Store | None = None
     keep_bytes: int = 0
+    cluster: Pool | None = None
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
 
@@ -125,6 +140,39 @@ class Evaluator:
                 self._read(mask, advance)
         table = Table(self.prompts.table(known["y"]), self.prompts.groups)
         return Measurement(table, known["nll"] if utility else None)
+
+    def evaluate_each(
+        self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
+    ) -> Iterator[Measurement | None]:
+        """Measure masks, in their order, on the cluster if there is one; None where answers are not finite.
+
+        Parameters
+        ----------
+        utility: also the likelihood of the neutral text.
+        """
+        if self.cluster is not None:
+            self._measure_on(self.cluster, masks, advance, utility)
+        told = advance if self.cluster is None else lambda _: None
+        for mask in masks:
+            try:
+                yield self.evaluate(mask, told, utility=utility)
+            except NumericalError:
+                yield None
+
+    def _measure_on(self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool) -> None:
+        """Have the cluster measure what is not known."""
+        wanted = {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
+        new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
+        new = {key: mask for key, mask in new.items() if not wanted <= set(self._recall(key))}
+        advance(self.work(utility) * (len(masks) - len(new)))
+        for mask, figures in cluster.measure(self, list(new.values()), utility):
+            if figures is not None:
+                self._remember(mask.key, figures)
+            advance(self.work(utility))
+
+    def figures(self, mask: AnyMask | None) -> dict[str, np.ndarray]:
+        """All that has been measured of a mask, by name."""
+        return dict(self._recall(_key(mask)))
 
     def _read(self, mask: AnyMask | None, advance: Advance) -> None:
         """Measure the likelihood of the text, and KL where it is wanted, of the model with the mask applied."""

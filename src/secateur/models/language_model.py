@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class LanguageModel:
     source: where it came from, as the user named it.
     matmul_precision: of products of fp32 matrices inside the model, see :func:`torch.set_float32_matmul_precision`.
         The output head keeps the highest.
+    loaded_with: what to call :func:`secateur.load` with to get it again; None for a model made otherwise.
     usage: tokens forwarded and backwarded so far.
     """
 
@@ -54,6 +55,7 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     source: str
     matmul_precision: MatmulPrecision = "highest"
+    loaded_with: dict[str, Any] | None = None
     usage: TokenUsage = field(default_factory=TokenUsage)
 
     def __post_init__(self) -> None:

@@ -91,7 +91,14 @@ def load(
         raise ModelError(_unreadable(name, error)) from error
     if chosen_device is not None:
         model.to(chosen_device)  # type: ignore[arg-type]
-    return LanguageModel(model=model, tokenizer=tokenizer, source=name, matmul_precision=matmul_precision)
+    loaded_with = {
+        "source": None if source is None else str(source),
+        "dtype": chosen_dtype,
+        "device_map": device_map,
+        "trust_remote_code": trust_remote_code,
+        "matmul_precision": matmul_precision,
+    }
+    return LanguageModel(model, tokenizer, name, matmul_precision, loaded_with)
 
 
 def cache_directory() -> Path:

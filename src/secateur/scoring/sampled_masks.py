@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from secateur.errors import NumericalError, SettingError
+from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
@@ -149,10 +149,13 @@ class SampledMasks(Settings):
         space, bounds = UnitSpace.of(model), self.bounds(model)
         generator = torch.Generator().manual_seed(self.seed)
         states = draw_states(space.n_heads, bounds, self.evaluations, generator).numpy()
-        bias, log_perplexity = np.zeros(len(states)), np.zeros(len(states))
-        for number, state in enumerate(states):
-            drawn = Mask.removing(model, np.flatnonzero(state), means)
-            bias[number], log_perplexity[number] = _measure(part, drawn if mask is None else mask & drawn, advance)
+        drawn = [Mask.removing(model, np.flatnonzero(state), means) for state in states]
+        masks = drawn if mask is None else [mask & one for one in drawn]
+        bias, log_perplexity = np.full(len(masks), np.nan), np.full(len(masks), np.nan)
+        for number, found in enumerate(part.evaluate_each(masks, advance, utility=True)):
+            if found is not None:
+                bias[number] = disparity(found.table)
+                log_perplexity[number] = np.log(part.perplexity(masks[number]))
         known = np.isfinite(bias) & np.isfinite(log_perplexity)
         states, bias, log_perplexity = states[known], bias[known], log_perplexity[known]
         if len(states) < MIN_EVALUATIONS:
@@ -171,13 +174,5 @@ class SampledMasks(Settings):
         """The draw of prompts and text that masks are measured on."""
         assert fit.text is not None, "attention-pruning needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, self.markers, None, self.seed).of(fit.prompts)
-        return Evaluator(fit.model, prompts, fit.text.first(self.windows), fit.batch_size, store=fit.store)
-
-
-def _measure(part: Evaluator, mask: Mask, advance: Advance) -> tuple[float, float]:
-    """D and log-perplexity under a mask; NaN where the model's answers are not finite."""
-    try:
-        table = part.evaluate(mask, advance, utility=True).table
-        return disparity(table), float(np.log(part.perplexity(mask)))
-    except NumericalError:
-        return np.nan, np.nan
+        text = fit.text.first(self.windows)
+        return Evaluator(fit.model, prompts, text, fit.batch_size, store=fit.store, cluster=fit.cluster)

@@ -19,17 +19,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
+from secateur.progress import Advance
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
 from secateur.scoring.surrogate import Surrogate, train
 from secateur.search.base import CandidateKind, Problem, Proposals, Selection
 from secateur.search.chains import Cooling, anneal
 from secateur.search.elimination import ranking
-from secateur.units import Mask
 
 # Prices of log-perplexity against bias: each gives its own end of the Pareto front.
 PRICES = (0.5, 1.0, 2.0)
@@ -146,15 +145,11 @@ class Annealing(Settings):
         with problem.step("Measure masks to learn from", self.evaluations) as advance:
             rng = np.random.default_rng(self.seed)
             first = max(4, self.evaluations // 3)
-            for state in first_states(len(items), first, rng):
-                survey.measure(state)
-                advance(1)
+            survey.measure(first_states(len(items), first, rng), advance)
             for number in range(self.rounds):
                 left = self.evaluations - len(survey.asked)
                 share = -(-left // (self.rounds - number))
-                for state in self._promising(survey, share, number):
-                    survey.measure(state)
-                    advance(1)
+                survey.measure(self._promising(survey, share, number), advance)
         for found in survey.front()[: self.finalists]:
             removed = survey.units_of(found.state)
             yield Selection(_kind(removed, problem.space.n_heads), removed, {"fit_bias": found.bias})
@@ -220,7 +215,9 @@ class Survey:
         assert fit.text is not None, "annealing needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, settings.markers, None, settings.seed).of(fit.prompts)
         text = fit.text.first(settings.windows)
-        part = Evaluator(fit.model, prompts, text, fit.batch_size, store=fit.store, keep_bytes=KEEP_BYTES)
+        part = Evaluator(
+            fit.model, prompts, text, fit.batch_size, store=fit.store, keep_bytes=KEEP_BYTES, cluster=fit.cluster
+        )
         return cls(problem, part, items, float(np.log1p(problem.limit)), float(np.log(part.perplexity())))
 
     def units_of(self, state: np.ndarray) -> np.ndarray:
@@ -228,19 +225,17 @@ class Survey:
         chosen = [self.items[item] for item in np.flatnonzero(state)]
         return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=int)
 
-    def measure(self, state: np.ndarray) -> None:
-        """Measure a state on the model, once."""
-        if state.tobytes() in self.asked:
-            return
-        self.asked.add(state.tobytes())
-        units = self.units_of(state)
-        mask: Mask = self.problem.mask(units)
-        try:
-            bias = disparity(self.part.evaluate(mask, utility=True).table)
-            increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
-        except NumericalError:
-            return
-        self.found.append(Measured(state, bias, increase, len(units)))
+    def measure(self, states: Sequence[np.ndarray], advance: Advance = lambda _: None) -> None:
+        """Measure states on the model, each once; ``advance`` is told of the states."""
+        new = {state.tobytes(): state for state in states if state.tobytes() not in self.asked}
+        self.asked.update(new)
+        masks = [self.problem.mask(self.units_of(state)) for state in new.values()]
+        measured = self.part.evaluate_each(masks, utility=True)
+        for state, mask, found in zip(new.values(), masks, measured, strict=True):
+            if found is not None:
+                increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
+                self.found.append(Measured(state, disparity(found.table), increase, len(mask.removed)))
+            advance(1)
 
     def front(self) -> list[Measured]:
         """The states that no other dominates and that remove something, the least bias within the limit first."""

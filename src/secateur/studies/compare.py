@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.errors import SettingError
+from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
@@ -214,6 +215,7 @@ def compare(
     remembered: Remembered | None = None,
     remember: Callable[[MethodResult], None] = lambda _: None,
     store: Store | None = None,
+    cluster: Pool | None = None,
 ) -> CompareResult:
     """Run every method on the same parts under the same limit.
 
@@ -222,6 +224,7 @@ def compare(
     remembered: results of an interrupted run on the same model, suite and settings; not made again.
     remember: called with every result as soon as it is there.
     store: keeps every measured mask, and those that it has already are not measured again.
+    cluster: measures many masks at once, or None.
     """
     settings = (settings or CompareSettings()).reduced()
     settings.check()
@@ -230,7 +233,7 @@ def compare(
     unsuited = _unsuited(methods, model, suite, settings)
     progress = progress or Progress()
     recorder = Recorder(model, progress)
-    parts = Parts.prepare(model, suite, settings, store)
+    parts = Parts.prepare(model, suite, settings, store, cluster)
     shared = parts.problem(settings, recorder)
     parts.measure_unpruned(recorder)
     spent, unpruned_seconds = recorder.usage.copy(), recorder.seconds

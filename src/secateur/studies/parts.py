@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SettingError
-from secateur.evaluation.evaluator import Evaluator
+from secateur.evaluation.evaluator import Evaluator, Pool
 from secateur.evaluation.store import Store
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode, PromptSet, build_prompts, check_chat
@@ -101,13 +101,20 @@ class Parts:
     control: Evaluator | None
 
     @classmethod
-    def prepare(cls, model: LanguageModel, suite: Suite, settings: StudySettings, store: Store | None = None) -> Parts:
+    def prepare(
+        cls,
+        model: LanguageModel,
+        suite: Suite,
+        settings: StudySettings,
+        store: Store | None = None,
+        cluster: Pool | None = None,
+    ) -> Parts:
         splits = split(suite, settings.seed, settings.max_markers)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 
         def evaluator(prompts: PromptSet, neutral: NeutralText | None = None, divergence: bool = False) -> Evaluator:
-            return Evaluator(model, prompts, neutral, settings.batch_size, divergence, store)
+            return Evaluator(model, prompts, neutral, settings.batch_size, divergence, store, cluster=cluster)
 
         control = None
         if settings.control_suite is not None:

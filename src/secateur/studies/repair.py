@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
@@ -158,6 +159,7 @@ def repair(
     progress: Progress | None = None,
     save_partial: PartialSink = lambda _: None,
     store: Store | None = None,
+    cluster: Pool | None = None,
 ) -> RepairResult:
     """Find the units that carry a suite's bias, choose which to remove, and judge the choice.
 
@@ -169,6 +171,7 @@ def repair(
     save_partial: called with plain data after every candidate, so that an interrupted run
         leaves what it has found.
     store: keeps every measured mask, and those that it has already are not measured again.
+    cluster: measures many masks at once, or None.
 
     Returns
     -------
@@ -178,7 +181,7 @@ def repair(
     settings.check()
     chosen_method = method(settings.method, settings.options).seeded(settings.seed)
     chosen_method.check(model, suite, settings.ablation)
-    parts = Parts.prepare(model, suite, settings, store)
+    parts = Parts.prepare(model, suite, settings, store, cluster)
     recorder = Recorder(model, progress or Progress())
 
     def describe() -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""Evaluations spread over Ray actors: one model each, masks travel as bits.
+
+Every actor computes with the same number of threads whatever the number of actors, so that the result does not depend
+on how many there are. An actor that dies is replaced, and what it was measuring is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from secateur.errors import ClusterError, NumericalError
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.prompts import PromptSet
+from secateur.measures.utility import NeutralText
+from secateur.models import LanguageModel, load
+from secateur.units import ActivationMeans, Mask, UnitSpace
+
+Figures = dict[str, np.ndarray]
+LOCAL, AUTO = "local:", "auto"
+QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
+THREADS = 1
+REPLACEMENTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What an actor measures on; the fields are those of an evaluator, and the means of mean ablation."""
+
+    prompts: PromptSet
+    text: NeutralText | None
+    batch_size: int
+    divergence: bool
+    means: ActivationMeans | None
+
+
+class Worker:
+    """What runs in an actor: a model, and an evaluator for every part that it has been given."""
+
+    def __init__(self, source: dict[str, Any], fingerprint: str) -> None:
+        torch.set_num_threads(THREADS)
+        self.model = load(**source)
+        if self.model.fingerprint != fingerprint:
+            raise ClusterError(f"An actor loaded another model than this machine under the name '{self.model.source}'.")
+        self.parts: dict[str, tuple[Evaluator, ActivationMeans | None]] = {}
+
+    def prepare(self, name: str, part: Part) -> None:
+        """Be ready to measure on a part."""
+        evaluator = Evaluator(self.model, part.prompts, part.text, part.batch_size, part.divergence)
+        self.parts[name] = (evaluator, part.means)
+
+    def measure(self, name: str, bits: bytes, utility: bool) -> Figures | None:
+        """The figures of a mask; None where the model's answers are not finite.
+
+        Parameters
+        ----------
+        bits: the mask's ``keep``, packed.
+        """
+        evaluator, means = self.parts[name]
+        space = UnitSpace.of(self.model)
+        keep = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(space)).astype(bool)
+        mask = Mask(space, keep, self.model.fingerprint, means)
+        try:
+            evaluator.evaluate(mask, utility=utility)
+        except NumericalError:
+            return None
+        return evaluator.figures(mask)
+
+
+@dataclass(eq=False)
+class Actor:
+    """A running actor: its handle, and the parts that it has been given."""
+
+    handle: Any
+    prepared: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Cluster:
+    """Ray actors that measure masks of one model.
+
+    Attributes
+    ----------
+    ray: the module. model: the model here.
+    actors: those that run.
+    """
+
+    ray: Any
+    model: LanguageModel
+    actors: list[Actor]
+    gpus: bool
+    replaced: int = 0
+    _parts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, address: str, model: LanguageModel) -> Cluster:
+        """Start actors on a cluster.
+
+        Parameters
+        ----------
+        address: "auto" for this machine, with an actor for every GPU, or for every core where there is none;
+            "local:N" for N actors on this machine; or the address of a running Ray cluster.
+        model: was loaded by name, so that actors can load it, too.
+
+        Raises
+        ------
+        ClusterError: Ray is not installed, does not answer, or an actor cannot load the model.
+        """
+        if model.loaded_with is None:
+            raise ClusterError("Actors load the model themselves; give one that was loaded by secateur.load.")
+        asked = _local_count(address)
+        ray = _ray()
+        where: dict[str, Any] = {} if asked is not None or address == AUTO else {"address": address}
+        if asked is not None:
+            where["num_cpus"] = asked
+        try:
+            ray.init(**where, **QUIET)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({reason})") from error
+        resources = ray.cluster_resources()
+        gpus = asked is None and int(resources.get("GPU", 0)) > 0
+        count = asked if asked is not None else int(resources.get("GPU" if gpus else "CPU", 1))
+        cluster = cls(ray, model, [], gpus)
+        try:
+            cluster.actors = [cluster._begin() for _ in range(max(1, count))]
+            ray.get([actor.handle.__ray_ready__.remote() for actor in cluster.actors])
+        except Exception as error:
+            cluster.close()
+            reason = " ".join(str(error.__cause__ or error).split())[-200:]
+            raise ClusterError(f"An actor on '{address}' cannot load the model. ({reason})") from error
+        return cluster
+
+    def measure(
+        self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool
+    ) -> Iterator[tuple[Mask, Figures | None]]:
+        """Measure masks on the part of an evaluator, in the order in which they are done.
+
+        Raises
+        ------
+        ClusterError: actors die again and again.
+        """
+        waiting = list(reversed(masks))
+        idle = list(self.actors)
+        running: dict[Any, tuple[Actor, Mask]] = {}
+        while waiting or running:
+            while waiting and idle:
+                actor, mask = idle.pop(), waiting.pop()
+                name = self._prepare(actor, evaluator, mask.means)
+                running[actor.handle.measure.remote(name, np.packbits(mask.keep).tobytes(), utility)] = (actor, mask)
+            (done, *_), _ = self.ray.wait(list(running), num_returns=1)
+            actor, mask = running.pop(done)
+            try:
+                figures = self.ray.get(done)
+            except self.ray.exceptions.RayActorError:
+                idle.append(self._replace(actor))
+                waiting.append(mask)
+                continue
+            idle.append(actor)
+            yield mask, figures
+
+    def close(self) -> None:
+        """Stop the actors, and the cluster if it is this process's own."""
+        for actor in self.actors:
+            self.ray.kill(actor.handle)
+        self.ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> Actor:
+        options = {"num_gpus": 1} if self.gpus else {"num_cpus": 1}
+        worker = self.ray.remote(**options)(Worker)
+        return Actor(worker.remote(self.model.loaded_with, self.model.fingerprint))
+
+    def _replace(self, dead: Actor) -> Actor:
+        self.replaced += 1
+        if self.replaced > REPLACEMENTS * len(self.actors):
+            raise ClusterError(
+                f"Ray actors died {self.replaced} times; look at Ray's logs (a common reason is too little memory)."
+            )
+
+        fresh = self._begin()
+        self.actors[self.actors.index(dead)] = fresh
+        return fresh
+
+    def _prepare(self, actor: Actor, evaluator: Evaluator, means: ActivationMeans | None) -> str:
+        """Give an actor the part of an evaluator if it has not got it yet; the part's name."""
+        name = evaluator.part + _digest(means)
+        if name not in self._parts:
+            part = Part(evaluator.prompts, evaluator.text, evaluator.batch_size, evaluator.divergence, means)
+            self._parts[name] = self.ray.put(part)
+        if name not in actor.prepared:
+            actor.handle.prepare.remote(name, self._parts[name])
+            actor.prepared.add(name)
+        return name
+
+
+def check_address(address: str | None) -> None:
+    """Refuse an address that cannot be meant, and a machine without Ray.
+
+    Raises
+    ------
+    ClusterError: says what an address looks like, or how to install Ray.
+    """
+    if address is not None:
+        _local_count(address)
+        _ray()
+
+
+def _local_count(address: str) -> int | None:
+    """N of "local:N"; None for anything else."""
+    if not address.startswith(LOCAL):
+        return None
+    count = address.removeprefix(LOCAL)
+    if not count.isdigit() or int(count) < 1:
+        raise ClusterError(f"'{address}' names no number of actors; write local:2, auto, or a cluster's address.")
+    return int(count)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("Ray is not installed; run: pip install 'secateur[ray]'.") from error
+    return ray
+
+
+def _digest(means: ActivationMeans | None) -> str:
+    digest = hashlib.sha256()
+    for values in () if means is None else (*means.heads, *means.neurons):
+        digest.update(values.tobytes())
+    return digest.hexdigest()[:16]

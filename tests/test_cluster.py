@@ -1,0 +1,124 @@
+"""Evaluations on a local Ray cluster: the same figures for any number of actors, and after actors have died."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from command import save_model
+from test_scoring import SUITE
+from tiny import tiny_model
+
+import secateur
+from secateur.errors import ClusterError
+from secateur.evaluation import Evaluator
+from secateur.evaluation.cluster import Cluster, check_address
+from secateur.measures.prompts import build_prompts
+from secateur.measures.splits import whole
+from secateur.measures.utility import cut
+from secateur.models import LanguageModel
+from secateur.units import ActivationMeans, Mask, UnitSpace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return secateur.load(save_model(tmp_path_factory.mktemp("models") / "tiny", seed=2), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cluster(model: LanguageModel) -> Iterator[Cluster]:
+    with Cluster.start("local:2", model) as started:
+        yield started
+
+
+def evaluator(model: LanguageModel, **options: Any) -> Evaluator:
+    text = cut(model, "a boat and a lamp, " * 40, window=50, stride=30)
+    return Evaluator(model, build_prompts(model, SUITE, whole(SUITE)), text, 5, divergence=True, **options)
+
+
+def some_masks(model: LanguageModel) -> list[Mask]:
+    rng, units = np.random.default_rng(0), len(UnitSpace.of(model))
+    masks = [Mask.removing(model, rng.choice(units, size=size, replace=False)) for size in (1, 3, 9, 30)]
+    space = UnitSpace.of(model)
+    means = ActivationMeans(
+        tuple(np.full((n, space.head_dim), 0.3, dtype=np.float32) for n in space.heads),
+        tuple(np.full(n, 0.2, dtype=np.float32) for n in space.neurons),
+    )
+    return [*masks, masks[1], Mask.none(model), Mask.removing(model, [0, 20], means)]
+
+
+def test_actors_measure_what_is_measured_here(model: LanguageModel, cluster: Cluster) -> None:
+    here, there, done = evaluator(model), evaluator(model, cluster=cluster), []
+    masks = some_masks(model)
+    before = model.usage.forward
+    found = list(there.evaluate_each(masks, done.append, utility=True))
+    assert sum(done) == len(masks) * there.work(utility=True)
+    spent = model.usage.forward - before
+    for mask, measured in zip(masks, found, strict=True):
+        expected = here.evaluate(mask, utility=True)
+        assert measured is not None
+        np.testing.assert_allclose(measured.table.y, expected.table.y, atol=1e-5)
+        np.testing.assert_allclose(measured.nll, expected.nll, atol=1e-3)
+        assert there.kl_divergence(mask) == pytest.approx(here.kl_divergence(mask), abs=1e-6)
+    assert here.text is not None
+    once = sum(batch.tokens for batch in here.batches) + sum(len(window.tokens) for window in here.text.windows)
+    assert spent <= once, "only the unpruned model is measured in this process"
+
+
+def test_an_actor_that_dies_is_replaced_and_its_mask_measured_again(model: LanguageModel, cluster: Cluster) -> None:
+    masks = [Mask.removing(model, [unit]) for unit in range(8)]
+    there, replaced = evaluator(model, cluster=cluster), cluster.replaced
+    measured: dict[bytes, Any] = {}
+    for number, (mask, figures) in enumerate(cluster.measure(there, masks, False)):
+        measured[mask.key] = figures
+        if number == 1:
+            cluster.ray.kill(cluster.actors[0].handle)
+    assert cluster.replaced > replaced
+    here = evaluator(model)
+    assert set(measured) == {mask.key for mask in masks}
+    for mask in masks:
+        np.testing.assert_allclose(measured[mask.key]["y"], here.y(mask), atol=1e-5)
+
+
+def test_actors_that_die_for_ever_are_given_up(
+    model: LanguageModel, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Cluster._begin
+
+    def doomed(self: Cluster) -> Any:
+        actor = begin(self)
+        self.ray.kill(actor.handle)
+        return actor
+
+    masks = [Mask.removing(model, [unit]) for unit in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Cluster, "_begin", doomed)
+        cluster.ray.kill(cluster.actors[0].handle)
+        cluster.ray.kill(cluster.actors[1].handle)
+        with pytest.raises(ClusterError, match=r"actors died \d+ times"):
+            list(cluster.measure(evaluator(model), masks, False))
+    cluster.actors, cluster.replaced = [cluster._begin(), cluster._begin()], 0
+    assert len(list(cluster.measure(evaluator(model), masks, False))) == 2
+
+
+def test_a_model_that_no_actor_can_load_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(ClusterError, match="Actors load the model themselves"):
+        Cluster.start("local:1", tiny_model())
+
+
+@pytest.mark.parametrize("address", ["local:", "local:0", "local:many", "local:-1"])
+def test_an_address_without_a_number_is_refused(address: str) -> None:
+    with pytest.raises(ClusterError, match="names no number of actors; write local:2, auto, or a cluster's address"):
+        check_address(address)
+
+
+def test_a_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"Ray is not installed; run: pip install 'secateur\[ray\]'"):
+        check_address("auto")
+    check_address(None)
