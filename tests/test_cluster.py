@@ -52,13 +52,20 @@ def some_masks(model: LanguageModel) -> list[Mask]:
     return [*masks, masks[1], Mask.none(model), Mask.removing(model, [0, 20], means)]
 
 
-def test_actors_measure_what_is_measured_here(model: LanguageModel, cluster: Cluster) -> None:
+def test_actors_measure_what_is_measured_here(
+    model: LanguageModel, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, there, done = evaluator(model), evaluator(model, cluster=cluster), []
-    masks = some_masks(model)
+    masks, here_alone = some_masks(model), []
+    hidden = LanguageModel.hidden
+    monkeypatch.setattr(
+        LanguageModel, "hidden", lambda self, ids, *rest: (here_alone.append(ids.numel()), hidden(self, ids, *rest))[1]
+    )
     before = model.usage.forward
     found = list(there.evaluate_each(masks, done.append, utility=True))
     assert sum(done) == len(masks) * there.work(utility=True)
     spent = model.usage.forward - before
+    monkeypatch.undo()
     for mask, measured in zip(masks, found, strict=True):
         expected = here.evaluate(mask, utility=True)
         assert measured is not None
@@ -67,7 +74,8 @@ def test_actors_measure_what_is_measured_here(model: LanguageModel, cluster: Clu
         assert there.kl_divergence(mask) == pytest.approx(here.kl_divergence(mask), abs=1e-6)
     assert here.text is not None
     once = sum(batch.tokens for batch in here.batches) + sum(len(window.tokens) for window in here.text.windows)
-    assert spent <= once, "only the unpruned model is measured in this process"
+    assert sum(here_alone) <= once, "only the unpruned model is measured in this process"
+    assert spent >= sum(here_alone) + 5 * once, "tokens of the actors count, too"
 
 
 def test_an_actor_that_dies_is_replaced_and_its_mask_measured_again(model: LanguageModel, cluster: Cluster) -> None:

@@ -55,8 +55,8 @@ class Worker:
         evaluator = Evaluator(self.model, part.prompts, part.text, part.batch_size, part.divergence)
         self.parts[name] = (evaluator, part.means)
 
-    def measure(self, name: str, bits: bytes, utility: bool) -> Figures | None:
-        """The figures of a mask; None where the model's answers are not finite.
+    def measure(self, name: str, bits: bytes, utility: bool) -> tuple[Figures | None, int]:
+        """The figures of a mask, None where the model's answers are not finite, and the tokens that were forwarded.
 
         Parameters
         ----------
@@ -65,12 +65,13 @@ class Worker:
         evaluator, means = self.parts[name]
         space = UnitSpace.of(self.model)
         keep = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(space)).astype(bool)
-        mask = Mask(space, keep, self.model.fingerprint, means)
+        mask, before = Mask(space, keep, self.model.fingerprint, means), self.model.usage.copy()
         try:
             evaluator.evaluate(mask, utility=utility)
+            figures: Figures | None = evaluator.figures(mask)
         except NumericalError:
-            return None
-        return evaluator.figures(mask)
+            figures = None
+        return figures, self.model.usage.since(before).forward
 
 
 @dataclass(eq=False)
@@ -140,11 +141,11 @@ class Cluster:
     def measure(
         self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool
     ) -> Iterator[tuple[Mask, Figures | None]]:
-        """Measure masks on the part of an evaluator, in the order in which they are done.
+        """Measure masks on the part of an evaluator, in the order in which they are done; tokens count as here.
 
         Raises
         ------
-        ClusterError: actors die again and again.
+        ClusterError: an actor fails, or actors die again and again.
         """
         waiting = list(reversed(masks))
         idle = list(self.actors)
@@ -157,12 +158,15 @@ class Cluster:
             (done, *_), _ = self.ray.wait(list(running), num_returns=1)
             actor, mask = running.pop(done)
             try:
-                figures = self.ray.get(done)
+                figures, tokens = self.ray.get(done)
             except self.ray.exceptions.RayActorError:
                 idle.append(self._replace(actor))
                 waiting.append(mask)
                 continue
+            except self.ray.exceptions.RayTaskError as error:
+                raise ClusterError(f"A Ray actor failed: {error.cause}.") from error
             idle.append(actor)
+            self.model.usage.forward += tokens
             yield mask, figures
 
     def close(self) -> None:
@@ -190,7 +194,6 @@ class Cluster:
             raise ClusterError(
                 f"Ray actors died {self.replaced} times; look at Ray's logs (a common reason is too little memory)."
             )
-
         fresh = self._begin()
         self.actors[self.actors.index(dead)] = fresh
         return fresh
