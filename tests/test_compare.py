@@ -111,12 +111,13 @@ def test_a_mask_that_leaves_no_finite_answer_is_over_the_limit(monkeypatch: pyte
 
 
 def test_a_choice_that_breaks_the_limit_on_test_comes_after_those_that_keep_to_it() -> None:
-    def found(name: str, reduction: float, *faults: str) -> MethodResult:
+    def found(name: str, reduction: float, *faults: str, over_limit: bool = False) -> MethodResult:
         figures = {"reduction": Interval(reduction, 0, 1), "perplexity_increase": Interval(0.01, 0, 1)}
-        return MethodResult(name, {}, "chosen", [], 0, 0, 0, 0.0, faults=list(faults), **figures)
+        told = {"faults": list(faults), "over_limit": over_limit}
+        return MethodResult(name, {}, "chosen", [], 0, 0, 0, 0.0, **told, **figures)
 
     nothing = MethodResult("d", {}, "over the limit", [], 0, 0, 0, 0.0)
-    over = found("b", 0.9, "perplexity rose by 5.00%, above the limit of 2%")
+    over = found("b", 0.9, "perplexity rose by 5.00%, above the limit of 2%", over_limit=True)
     ordered = sorted([nothing, over, found("a", 0.2), found("c", 0.5, "no effect")], key=lambda one: one.order)
     assert [one.name for one in ordered] == ["c", "a", "b", "d"]
 

@@ -53,6 +53,11 @@ class Scores(Protocol):
         ...
 
 
+def notes_of(scores: Scores | None) -> list[str]:
+    """What a scorer has to say about its scores, in sentences; nothing from most."""
+    return list(getattr(scores, "notes", []))
+
+
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """Scores that are one order of removal.

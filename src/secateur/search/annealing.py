@@ -26,8 +26,8 @@ from secateur.progress import Advance
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
 from secateur.scoring.surrogate import Surrogate, train
-from secateur.search.base import CandidateKind, Problem, Proposals, Selection
-from secateur.search.chains import Cooling, anneal
+from secateur.search.base import Problem, Proposals, Selection
+from secateur.search.chains import Cooling, StateEnergy, anneal
 from secateur.search.elimination import ranking
 
 # Prices of log-perplexity against bias: each gives its own end of the Pareto front.
@@ -57,7 +57,7 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class CautiousEnergy:
+class CautiousEnergy(StateEnergy):
     """bias + price · max(0, increase) per limit, each by an ensemble: its mean plus its disagreement.
 
     Attributes
@@ -71,28 +71,15 @@ class CautiousEnergy:
     price: float
     caution: float
 
-    @property
-    def members(self) -> list[Surrogate]:
+    def networks(self) -> list[Surrogate]:
         return [*self.bias, *self.increase]
-
-    def hidden(self, removed: Tensor) -> list[Tensor]:
-        """Per surrogate, the hidden layer's input, (chains, width)."""
-        return [surrogate.hidden(removed) for surrogate in self.members]
 
     def read(self, hidden: Sequence[Tensor]) -> Tensor:
         """(chains,)."""
-        predicted = torch.stack([one.read(h) for one, h in zip(self.members, hidden, strict=True)])
+        predicted = torch.stack([one.read(h) for one, h in zip(self.networks(), hidden, strict=True)])
         bias, increase = predicted[: len(self.bias)], predicted[len(self.bias) :]
         cautious = [part.mean(dim=0) + self.caution * part.std(dim=0, correction=0) for part in (bias, increase)]
         return cautious[0] + self.price * cautious[1].relu()
-
-    def of(self, removed: Tensor) -> Tensor:
-        """(masks,), of masks (masks, items)."""
-        return self.read(self.hidden(removed))
-
-    def flipped(self, hidden: Sequence[Tensor], unit: Tensor, sign: Tensor) -> list[Tensor]:
-        """Per surrogate, the hidden layer's input after one flip per chain; see :class:`Energy`."""
-        return [h + sign[:, None] * one.inward[unit] for h, one in zip(hidden, self.members, strict=True)]
 
 
 class Annealing(Settings):
@@ -152,7 +139,7 @@ class Annealing(Settings):
                 survey.measure(self._promising(survey, share, number), advance)
         for found in survey.front()[: self.finalists]:
             removed = survey.units_of(found.state)
-            yield Selection(_kind(removed, problem.space.n_heads), removed, {"fit_bias": found.bias})
+            yield Selection.of_units(removed, problem.space, {"fit_bias": found.bias})
 
     def _promising(self, survey: Survey, count: int, number: int) -> list[np.ndarray]:
         """New states of low energy, the prices taking turns."""
@@ -271,8 +258,3 @@ def with_flips(states: Tensor) -> Tensor:
     """All states that differ from one of these in one item, bool (states * items, items)."""
     items = states.shape[1]
     return (states[:, None, :] ^ torch.eye(items, dtype=torch.bool)).reshape(-1, items)
-
-
-def _kind(removed: np.ndarray, n_heads: int) -> CandidateKind:
-    heads = int((removed < n_heads).sum())
-    return "both" if 0 < heads < len(removed) else "heads" if heads else "neurons"

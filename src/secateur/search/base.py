@@ -28,6 +28,13 @@ class Selection:
     knobs: dict[str, Any] = field(default_factory=dict)
     weights: WeightMask | None = None
 
+    @classmethod
+    def of_units(cls, removed: np.ndarray, space: UnitSpace, knobs: dict[str, Any]) -> Selection:
+        """A selection of whatever kinds the units are of."""
+        heads = int((removed < space.n_heads).sum())
+        kind: CandidateKind = "both" if 0 < heads < len(removed) else "heads" if heads else "neurons"
+        return cls(kind, removed, knobs)
+
 
 @dataclass(frozen=True)
 class Outcome:

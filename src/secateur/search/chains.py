@@ -8,9 +8,10 @@ Attention Pruning (Dasu et al., arXiv 2503.15815), or geometric, from T0 to a th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,28 +25,37 @@ LAST_SHARE = 1e-3
 REFRESHED_EVERY = 500
 
 
-class StateEnergy(Protocol):
-    """What chains lower: a number per state, cheap to update after a flip."""
+class StateEnergy(ABC):
+    """What chains lower: a number per state from surrogates' predictions, cheap to update after a flip."""
+
+    @abstractmethod
+    def networks(self) -> Sequence[Surrogate]:
+        """The surrogates."""
+
+    @abstractmethod
+    def read(self, hidden: Sequence[Tensor]) -> Tensor:
+        """The energies, (chains,), from :meth:`hidden`."""
 
     def hidden(self, removed: Tensor) -> list[Tensor]:
-        """What :meth:`read` needs of states, bool (chains, units)."""
-        ...
-
-    def read(self, hidden: Sequence[Tensor]) -> Tensor:
-        """The energies, (chains,)."""
-        ...
+        """Per surrogate, the hidden layer's input, (chains, width), of states, bool (chains, units)."""
+        return [surrogate.hidden(removed) for surrogate in self.networks()]
 
     def of(self, removed: Tensor) -> Tensor:
         """The energies, (chains,), of states."""
-        ...
+        return self.read(self.hidden(removed))
 
     def flipped(self, hidden: Sequence[Tensor], unit: Tensor, sign: Tensor) -> list[Tensor]:
-        """What :meth:`read` needs after one flip per chain."""
-        ...
+        """Per surrogate, the hidden layer's input after one flip per chain.
+
+        Parameters
+        ----------
+        unit: (chains,), which unit flips. sign: (chains,), +1 where it is removed, -1 where it comes back.
+        """
+        return [h + sign[:, None] * one.inward[unit] for h, one in zip(hidden, self.networks(), strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
-class Energy:
+class Energy(StateEnergy):
     """A weighted sum of surrogates' predictions.
 
     Attributes
@@ -56,28 +66,14 @@ class Energy:
     surrogates: Sequence[Surrogate]
     weights: Sequence[float]
 
-    def hidden(self, removed: Tensor) -> list[Tensor]:
-        """Per surrogate, the hidden layer's input, (chains, width)."""
-        return [surrogate.hidden(removed) for surrogate in self.surrogates]
+    def networks(self) -> Sequence[Surrogate]:
+        return self.surrogates
 
     def read(self, hidden: Sequence[Tensor]) -> Tensor:
         """(chains,)."""
         return torch.stack(
             [weight * one.read(h) for weight, one, h in zip(self.weights, self.surrogates, hidden, strict=True)]
         ).sum(dim=0)
-
-    def of(self, removed: Tensor) -> Tensor:
-        """(masks,), of masks (masks, units)."""
-        return self.read(self.hidden(removed))
-
-    def flipped(self, hidden: Sequence[Tensor], unit: Tensor, sign: Tensor) -> list[Tensor]:
-        """Per surrogate, the hidden layer's input after one flip per chain.
-
-        Parameters
-        ----------
-        unit: (chains,), which unit flips. sign: (chains,), +1 where it is removed, -1 where it comes back.
-        """
-        return [h + sign[:, None] * one.inward[unit] for h, one in zip(hidden, self.surrogates, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,7 @@ from pydantic import Field
 from secateur.models import LanguageModel
 from secateur.scoring.base import Settings
 from secateur.scoring.gates import GateScores, GateTraining
-from secateur.search.base import CandidateKind, Problem, Proposals, Selection
-from secateur.units import UnitSpace
+from secateur.search.base import Problem, Proposals, Selection
 
 OPEN = 0.5
 
@@ -54,7 +53,7 @@ class Rounding(Settings):
         best, count = 0, self.start
         least = np.inf
         while count <= len(order):
-            outcome = yield _selection(problem.space, order[:count], {"count": count})
+            outcome = yield Selection.of_units(order[:count], problem.space, {"count": count})
             if not outcome.within_limit:
                 break
             if outcome.bias_square < least:
@@ -88,11 +87,5 @@ class Rounding(Settings):
             removed = np.flatnonzero(gates < OPEN)
             if not len(removed):
                 return
-            outcome = yield _selection(problem.space, removed, {"round": number, "damage": damage})
+            outcome = yield Selection.of_units(removed, problem.space, {"round": number, "damage": damage})
             damage *= 0.5 if outcome.within_limit else 2.0
-
-
-def _selection(space: UnitSpace, removed: np.ndarray, knobs: dict[str, Any]) -> Selection:
-    heads = int((removed < space.n_heads).sum())
-    kind: CandidateKind = "both" if 0 < heads < len(removed) else "heads" if heads else "neurons"
-    return Selection(kind, removed, knobs)

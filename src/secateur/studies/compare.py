@@ -16,6 +16,7 @@ from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
 from secateur.progress import Progress
+from secateur.scoring.base import notes_of
 from secateur.search.base import Problem
 from secateur.search.methods import METHODS, Method, method
 from secateur.studies.candidates import CandidateRecord, Candidates
@@ -86,6 +87,7 @@ class MethodResult:
     ----------
     status: whether a mask was chosen, every setting broke the limit, none within it lowered the bias on select,
         nothing was proposed, or the method does not suit the model or the suite.
+    over_limit: whether the choice breaks the utility limit on test.
     faults: what keeps the reduction on test from being proven, in words.
     heads, neurons, weights: units removed, or single weights.
     bias_before, bias_after, reduction, perplexity_increase, control_change: on test, None without a mask.
@@ -114,6 +116,7 @@ class MethodResult:
     perplexity_increase: Interval | None = None
     control_change: Interval | None = None
     random_reductions: list[float] = field(default_factory=list)
+    over_limit: bool = False
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -131,11 +134,6 @@ class MethodResult:
         if self.reduction is None or self.perplexity_increase is None:
             return True, np.inf
         return self.over_limit, -self.reduction.value
-
-    @property
-    def over_limit(self) -> bool:
-        """Whether the choice breaks the utility limit on test."""
-        return any("above the limit" in fault for fault in self.faults)
 
 
 @dataclass(frozen=True)
@@ -307,6 +305,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
             "reduction": test.comparison.reduction,
             "perplexity_increase": test.perplexity_increase,
             "control_change": None if test.control is None else test.control.change,
+            "over_limit": test.perplexity_increase.value > settings.max_perplexity_increase,
             "faults": find_faults(test.comparison, test.perplexity_increase, draws, settings.max_perplexity_increase),
         }
     return MethodResult(
@@ -319,7 +318,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
         tokens_backward=recorder.usage.backward,
         seconds=recorder.seconds,
         random_reductions=[draw.reduction.value for draw in draws],
-        notes=list(getattr(problem.scores, "notes", [])),
+        notes=notes_of(problem.scores),
         **figures,
     )
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from secateur.models import LanguageModel
 from secateur.progress import Progress
+from secateur.scoring.base import notes_of
 from secateur.search.methods import DEFAULT_METHOD, method
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
@@ -138,6 +139,6 @@ def localise(
         space=UnitSpace.of(model),
         rank=scores.rank,
         values=scores.values,
-        notes=list(getattr(scores, "notes", [])),
+        notes=notes_of(scores),
         run=recorder.describe(told),
     )

@@ -13,7 +13,7 @@ from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
 from secateur.models import LanguageModel
 from secateur.progress import Progress
-from secateur.scoring.base import Scores
+from secateur.scoring.base import Scores, notes_of
 from secateur.search.methods import DEFAULT_METHOD, method
 from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.candidates import CandidateRecord, Candidates, why_nothing
@@ -97,7 +97,7 @@ class RepairResult:
     @property
     def notes(self) -> list[str]:
         """What the method has to say about its scores, in sentences."""
-        return list(getattr(self.scores, "notes", []))
+        return notes_of(self.scores)
 
     @property
     def random_reduction(self) -> Interval:
