@@ -24,7 +24,7 @@ from secateur.scoring.attribution import disparity
 from secateur.scoring.fasp import Fasp, HeadRemovals, reliability
 from secateur.search.base import Outcome
 from secateur.search.protected import Protected, protected_selection
-from secateur.units import Mask, masked
+from secateur.units import Mask, UnitSpace, masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fasp-reference"
@@ -314,3 +314,13 @@ def test_settings_are_checked() -> None:
     for options in ({"seeds": 0}, {"markers": 1}, {"scenarios": 0}, {"windows": 0}):
         with pytest.raises(ValueError, match="greater than or equal"):
             Fasp(**options)
+
+
+@pytest.mark.parametrize("heads", [1, 7, 270, 999])
+def test_a_share_below_one_head_is_refused_with_one_that_is_enough(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = UnitSpace(heads=(heads,), kv_heads=(1,), neurons=(1,), head_dim=1)
+    monkeypatch.setattr("secateur.search.protected.UnitSpace.of", lambda _: space)
+    with pytest.raises(SettingError, match="is less than one head; set alpha to") as caught:
+        Protected(alpha=0.9 / heads, gamma=0).check(tiny_model(), ALL, "zero")
+    advised = float(str(caught.value).split("set alpha to ")[1].split()[0])
+    Protected(alpha=advised, gamma=0).check(tiny_model(), ALL, "zero")

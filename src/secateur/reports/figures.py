@@ -166,7 +166,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
     """
     figure, widest = go.Figure(), widest_increase(limit)
     for number, found in enumerate(methods):
-        colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[number % len(SYMBOLS)]
+        colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]
         name = escape(found.name)
         figure.add_scatter(
             x=[100 * min(c.perplexity_increase, widest) for c in found.candidates],

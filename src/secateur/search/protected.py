@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Annotated, Any
 
@@ -71,8 +72,8 @@ class Protected(Settings):
         heads = UnitSpace.of(model).n_heads
         if not any(_share(alpha, heads) for _, alpha in self.pairs):
             raise SettingError(
-                f"of {heads:,} heads the share alpha = {self.pairs[-1][1]:g} is not one; set alpha to "
-                f"{1 / heads:.2g} or more."
+                f"of {heads:,} heads the share alpha = {self.pairs[-1][1]:g} is less than one head; set "
+                f"alpha to {math.ceil(1e4 / heads) / 1e4:g} or more."
             )
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:

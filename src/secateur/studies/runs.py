@@ -115,7 +115,10 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         return "nothing passed"
     if study == "compare":
         best = next((found for found in content["methods"] if found["reduction"]), None)
-        return "no method passed" if best is None else f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}"
+        if best is None:
+            return "no method passed"
+        doubt = " (not proven)" if best.get("faults") else ""
+        return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
     return f"scores of {content.get('method', '')}"
