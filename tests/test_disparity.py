@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 import numpy as np
 import pytest
@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.measures.disparity import (
+    SPREAD_FLOOR,
     Interval,
     Table,
     bootstrap_squares,
     compare,
+    corrected_choice,
     corrected_square,
     group_means,
     holm,
@@ -131,6 +133,32 @@ def test_suite_figures_are_means_over_scenarios() -> None:
     assert square > 0
     assert corrected_square(table, 5) == pytest.approx(square)
     assert bias.corrected == pytest.approx(math.sqrt(square))
+
+
+@given(seed=st.integers(0, 10_000), n_groups=st.integers(2, 4))
+def test_square_is_the_mean_over_pairs_with_one_spread(seed: int, n_groups: int) -> None:
+    table = shuffled_table(seed, n_groups)
+    for row, found in zip(table.y, statistics(table)["square"], strict=True):
+        of_group = [row[table.groups == group] for group in range(n_groups)]
+        floor = (SPREAD_FLOOR * stdev(row.tolist())) ** 2
+        within = fmean(max(floor, variance(values.tolist())) for values in of_group)
+        pairs = [(a.mean() - b.mean()) ** 2 / within for a, b in combinations(of_group, 2)]
+        assert found == pytest.approx(fmean(pairs))
+
+
+def test_two_groups_are_chosen_by_their_bias() -> None:
+    table = simulate(3, 0.8)
+    assert corrected_choice(table, 1) == pytest.approx(corrected_square(table, 1))
+
+
+def test_with_many_groups_the_choice_tells_a_fall_apart_better_than_the_bias_does() -> None:
+    falls: dict[str, list[float]] = {"choice": [], "bias": []}
+    for seed in range(60):
+        before, after = (simulate(seed, effect, n_groups=6, markers=4) for effect in (1.5, 1.0))
+        falls["choice"].append(corrected_choice(before, seed) - corrected_choice(after, seed))
+        falls["bias"].append(corrected_square(before, seed) - corrected_square(after, seed))
+    signal = {name: np.mean(values) / np.std(values) for name, values in falls.items()}
+    assert signal["choice"] > 1.2 * signal["bias"]
 
 
 def test_corrected_square_is_zero_on_noise_on_average() -> None:

@@ -30,7 +30,7 @@ def table_of(fit: Evaluator) -> Table:
 def test_the_loss_is_the_mean_square_of_gaps_over_spreads(name: str) -> None:
     fit = fit_of(name)
     lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)  # all markers
-    smds = np.array([smd for _, _, _, smd, _ in pairs_of_groups(table_of(fit))])  # (pairs, scenarios)
+    smds = np.array([gap / spread for _, _, gap, spread in pairs_of_groups(table_of(fit))])  # (pairs, scenarios)
     for scenario in range(len(fit.prompts.scenarios)):
         with torch.no_grad():
             found = float(lesson.loss(fit.model, scenario))

@@ -144,10 +144,11 @@ def test_disparity_weights_are_the_derivative(seed: int, n_groups: int) -> None:
     assert slope == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-6)
 
 
-def test_disparity_of_two_groups_is_the_root_mean_square_smd() -> None:
+@pytest.mark.parametrize("n_groups", [2, 5])
+def test_disparity_is_the_root_of_the_mean_square(n_groups: int) -> None:
     rng = np.random.default_rng(0)
-    table = Table(rng.normal(size=(4, 10)), np.repeat([0, 1], 5))
-    assert disparity(table) == pytest.approx(np.sqrt((statistics(table)["smd"] ** 2).mean()))
+    table = Table(rng.normal(size=(4, 5 * n_groups)), np.repeat(np.arange(n_groups), 5))
+    assert disparity(table) == pytest.approx(np.sqrt(statistics(table)["square"].mean()))
 
 
 def test_disparity_of_constant_answers_has_finite_weights() -> None:

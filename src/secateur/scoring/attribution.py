@@ -140,35 +140,42 @@ class Attribution(Settings):
 
 
 def disparity(table: Table) -> float:
-    """D, the root mean square SMD over scenarios and pairs of groups."""
-    return float(np.sqrt(np.mean([smd**2 for _, _, _, smd, _ in pairs_of_groups(table)])))
+    """D, the root mean square over scenarios and pairs of groups of gap / spread."""
+    return float(np.sqrt(np.mean([(gap / spread) ** 2 for _, _, gap, spread in pairs_of_groups(table)])))
 
 
 def disparity_weights(table: Table) -> np.ndarray:
     """dD/dy, (scenarios, markers), of :func:`disparity`.
 
     A unit that scales the answers of all groups alike moves gap and spread together and leaves
-    SMD as it is, so the derivative of the spread belongs to it.
+    D as it is, so the derivative of the spread belongs to it.
     """
     weights = np.zeros_like(table.y)
     pairs = list(pairs_of_groups(table))
-    for in_a, in_b, gap, smd, spread in pairs:
+    square = sum((gap / spread) ** 2 for _, _, gap, spread in pairs)  # (scenarios,)
+    for in_a, in_b, gap, spread in pairs:
         for inside, sign in ((in_a, 1.0), (in_b, -1.0)):
-            n = inside.sum()
-            deviation = table.y[:, inside] - table.y[:, inside].mean(axis=1, keepdims=True)
-            weights[:, inside] += sign * (2 * gap / n / spread**2)[:, None]
-            weights[:, inside] -= (smd**2 / spread**2 / (n - 1))[:, None] * deviation
+            weights[:, inside] += sign * (2 * gap / inside.sum() / spread**2)[:, None]
+    spread = pairs[0][-1]
+    for group in range(table.n_groups):
+        inside = table.groups == group
+        deviation = table.y[:, inside] - table.y[:, inside].mean(axis=1, keepdims=True)
+        weights[:, inside] -= (2 * square / spread**2 / table.n_groups / (inside.sum() - 1))[:, None] * deviation
     return weights / (2 * max(disparity(table), 1e-12) * len(pairs) * len(table.y))
 
 
-def pairs_of_groups(table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """For every pair of groups: members of each (markers,), and gap, SMD and spread (scenarios,)."""
+def pairs_of_groups(table: Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """For every pair of groups: members of each (markers,), gap (scenarios,), and the spread within groups.
+
+    The spread is one for all pairs, the root of the groups' mean variance, (scenarios,): that of two groups alone
+    is hardly known from ten markers each.
+    """
+    members = [table.groups == group for group in range(table.n_groups)]
+    variances = [table.y[:, inside].var(axis=1, ddof=1) for inside in members]
+    spread = np.maximum(np.sqrt(np.mean(variances, axis=0)), 1e-9)
     for a, b in table.pairs:
-        in_a, in_b = table.groups == a, table.groups == b
-        gap = table.y[:, in_a].mean(axis=1) - table.y[:, in_b].mean(axis=1)
-        spread = np.sqrt((table.y[:, in_a].var(axis=1, ddof=1) + table.y[:, in_b].var(axis=1, ddof=1)) / 2)
-        spread = np.maximum(spread, 1e-9)
-        yield in_a, in_b, gap, gap / spread, spread
+        gap = table.y[:, members[a]].mean(axis=1) - table.y[:, members[b]].mean(axis=1)
+        yield members[a], members[b], gap, spread
 
 
 @dataclass(frozen=True, eq=False)

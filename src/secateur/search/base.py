@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes
     ----------
-    bias_square: corrected B^2, negative below the noise.
+    bias_square: what is chosen by, for two groups corrected B^2; negative below the noise.
     perplexity_increase: relative.
     within_limit: whether the utility limit is kept.
     """

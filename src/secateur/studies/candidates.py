@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.disparity import Table, corrected_square, suite_bias
+from secateur.measures.disparity import Table, corrected_choice, suite_bias
 from secateur.search.base import Outcome, Problem, Proposals, Selection
 from secateur.studies.record import Recorder
 from secateur.units import Mask
@@ -32,7 +32,8 @@ class CandidateRecord:
 
     Attributes
     ----------
-    bias: corrected suite bias B. bias_square: B^2 before the root, negative below the noise.
+    bias: corrected suite bias B. bias_square: what is chosen by, see :func:`corrected_choice`; for two groups B^2
+        before the root; negative below the noise.
     perplexity_increase, perplexity_high: relative increase and the upper end of its 95 % interval.
     within_limit: whether the increase plus one standard error keeps to the limit, so that the limit
         is likely to hold on other text, too.
@@ -119,7 +120,7 @@ class Candidates:
         increase, bias = self.select.perplexity_increase(mask, self.seed), suite_bias(table, self.seed)
         return {
             "bias": bias.corrected,
-            "bias_square": corrected_square(table, self.seed),
+            "bias_square": corrected_choice(table, self.seed),
             "mean_abs_gap": bias.mean_abs_gap,
             "perplexity_increase": increase.value,
             "perplexity_high": increase.high,
@@ -128,7 +129,7 @@ class Candidates:
 
     def choose(self) -> AnyMask | None:
         """The candidate with the least bias within the limit, marked as chosen, if it is better than none."""
-        before = corrected_square(self.select.evaluate().table, self.seed)
+        before = corrected_choice(self.select.evaluate().table, self.seed)
         passing = [
             (record.bias_square, record.heads + record.neurons + record.weights, number)
             for number, record in enumerate(self.records)
