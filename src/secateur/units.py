@@ -266,7 +266,7 @@ class Mask:
         MaskError: the mask was made for another model.
         """
         self.check(model)
-        with gated(model, _mask_gates(self)):
+        with gated(model, _gates(self.space, self.keep, self.means)):
             yield
 
     def save(self, path: str | Path) -> None:
@@ -369,8 +369,8 @@ class Gates:
     neurons: per layer, a tensor (..., neurons), or None.
     means: what a unit at gate 0 gives; None for zero.
 
-    Leading dimensions broadcast against (batch, tokens), so a gate of shape (batch, 1, units)
-    gives every row its own, and one of shape (batch, tokens, units) every position. Gates may
+    Leading dimensions broadcast against (batch, tokens): a gate of shape (batch, tokens, units) gives every
+    position its own, one of shape (n, 1, units) each n-th part of the rows, the first part first. Gates may
     require gradients.
     """
 
@@ -433,15 +433,34 @@ def masked(model: LanguageModel, mask: Applicable | None) -> AbstractContextMana
     return nullcontext() if mask is None else mask.applied(model)
 
 
-def _mask_gates(mask: Mask) -> Gates:
-    def gate(keep: np.ndarray) -> Tensor | None:
-        return None if keep.all() else torch.from_numpy(keep.astype(np.float32))
+@contextmanager
+def masked_each(model: LanguageModel, masks: Sequence[Mask]) -> Iterator[None]:
+    """Apply each of several masks to its equal part of the rows of every batch, the first mask to the first rows.
 
-    layers = range(mask.space.n_layers)
+    Raises
+    ------
+    MaskError: a mask was made for another model, or the masks put different means in place of units.
+    """
+    for mask in masks:
+        mask.check(model)
+        if mask.means is not masks[0].means:
+            raise MaskError("Masks with different means cannot be applied at once.")
+    keep = np.stack([mask.keep for mask in masks])[:, None]  # (masks, 1, units)
+    with gated(model, _gates(masks[0].space, keep, masks[0].means)):
+        yield
+
+
+def _gates(space: UnitSpace, keep: np.ndarray, means: ActivationMeans | None) -> Gates:
+    """Gates of 0 and 1 from bool (..., units)."""
+
+    def gate(part: np.ndarray) -> Tensor | None:
+        return None if part.all() else torch.from_numpy(part.astype(np.float32))
+
+    layers = range(space.n_layers)
     return Gates(
-        heads=[gate(mask.keep[mask.space.head_slice(layer)]) for layer in layers],
-        neurons=[gate(mask.keep[mask.space.neuron_slice(layer)]) for layer in layers],
-        means=mask.means,
+        heads=[gate(keep[..., space.head_slice(layer)]) for layer in layers],
+        neurons=[gate(keep[..., space.neuron_slice(layer)]) for layer in layers],
+        means=means,
     )
 
 
@@ -456,19 +475,20 @@ def _gate_hook(gate: Tensor, mean: np.ndarray | None, width: int) -> Any:
             scale = scale.repeat_interleave(width, dim=-1)  # (..., heads) -> (..., heads * head_dim)
         # The product is taken in the activation's precision; gates of 0 and 1 are exact in all.
         scale = scale.to(activation.dtype)
-        flattened = activation.dim() == 2 and scale.dim() == 3  # OPT's MLP sees (batch * tokens, neurons)
-        scaled = (_unflattened(activation, scale) if flattened else activation) * scale
+        # (batch, tokens, units), or (batch * tokens, units) in OPT's MLP, to what broadcasts against the gate
+        parted = _parted(activation, scale) if scale.dim() == 3 else activation
+        scaled = parted * scale
         if constant is not None:
             scaled = scaled + constant.to(activation) * (1 - scale)
-        return (scaled.flatten(0, 1) if flattened else scaled, *args[1:])
+        return (scaled.reshape(activation.shape), *args[1:])
 
     return hook
 
 
-def _unflattened(activation: Tensor, scale: Tensor) -> Tensor:
-    """(batch * tokens, units) to what broadcasts against a gate (batch or 1, tokens or 1, units)."""
-    rows, columns, width = scale.shape
-    return activation.reshape(rows, -1, width) if rows > 1 else activation.reshape(-1, columns, width)
+def _parted(activation: Tensor, scale: Tensor) -> Tensor:
+    """Rows and columns of an activation arranged as those of a gate (parts or 1, tokens or 1, units)."""
+    parts, columns, width = scale.shape
+    return activation.reshape(parts, -1, width) if parts > 1 else activation.reshape(-1, columns, width)
 
 
 def check_ablation(ablation: str) -> Ablation:

@@ -14,12 +14,13 @@ from torch import Tensor
 from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
 from secateur.evaluation.walk import Walk
-from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, pack
+from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, measure_y_of_each, pack
 from secateur.measures.disparity import Interval, Table
 from secateur.measures.prompts import PromptSet
 from secateur.measures.utility import (
     NeutralText,
     hidden_states,
+    hidden_states_of_each,
     kl_divergence,
     negative_log_likelihood,
     perplexity,
@@ -29,7 +30,7 @@ from secateur.models import LanguageModel
 from secateur.models.restart import Run, plainly
 from secateur.progress import Advance
 from secateur.suites import suite_hash
-from secateur.units import Mask, masked
+from secateur.units import Mask, masked, masked_each
 from secateur.weights import AnyMask
 
 
@@ -72,6 +73,8 @@ class Evaluator:
     store: keeps every figure for other processes and later runs, or None.
     keep_bytes: memory for what entered the layers under the mask before, so that the next mask begins
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
+    masks_at_once: masks in one forward pass, each with its own rows, where many are measured. Worth it where a pass
+        is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``.
     cluster: Ray actors that measure many masks at once, or None.
     """
 
@@ -82,6 +85,7 @@ class Evaluator:
     divergence: bool = False
     store: Store | None = None
     keep_bytes: int = 0
+    masks_at_once: int = 1
     cluster: Pool | None = None
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
@@ -153,17 +157,42 @@ class Evaluator:
         if self.cluster is not None:
             self._measure_on(self.cluster, masks, advance, utility)
         told = advance if self.cluster is None else lambda _: None
-        for mask in masks:
-            try:
-                yield self.evaluate(mask, told, utility=utility)
-            except NumericalError:
-                yield None
+        for start in range(0, len(masks), self.masks_at_once):
+            group = masks[start : start + self.masks_at_once]
+            self._measure_together(group, utility)
+            for mask in group:
+                try:
+                    yield self.evaluate(mask, told, utility=utility)
+                except NumericalError:
+                    yield None
+
+    def _measure_together(self, masks: Sequence[AnyMask], utility: bool) -> None:
+        """Measure in common passes what is not known of masks; if one has no finite answers, leave them all."""
+        new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
+        new = {key: mask for key, mask in new.items() if not self._wanted(utility) <= set(self._recall(key))}
+        kept = list(new.values())
+        if len(kept) < 2 or any(mask.means is not kept[0].means for mask in kept):
+            return
+        try:
+            if utility and self.divergence and not self._unpruned:
+                self._unpruned = hidden_states(self.model, self._text)
+            with masked_each(self.model, kept):
+                y = measure_y_of_each(self.model, self.prompts, self.batches, len(kept)).numpy().astype(float)
+                states = hidden_states_of_each(self.model, self._text, len(kept)) if utility else [[]] * len(kept)
+            read = [self._likelihoods(one) if utility else {} for one in states]
+        except NumericalError:
+            return
+        for key, row, figures in zip(new, y, read, strict=True):
+            self._remember(key, {"y": row, **figures})
+
+    def _wanted(self, utility: bool) -> set[str]:
+        """The names of the figures that are to be known of a mask."""
+        return {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
 
     def _measure_on(self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool) -> None:
         """Have the cluster measure what is not known."""
-        wanted = {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
         new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
-        new = {key: mask for key, mask in new.items() if not wanted <= set(self._recall(key))}
+        new = {key: mask for key, mask in new.items() if not self._wanted(utility) <= set(self._recall(key))}
         advance(self.work(utility) * (len(masks) - len(new)))
         for mask, figures in cluster.measure(self, list(new.values()), utility):
             if figures is not None:
@@ -186,10 +215,14 @@ class Evaluator:
             advance(len(self._text.windows))
         else:
             states = hidden_states(self.model, self._text, advance, self._run(mask, "text"))
+        self._remember(key, self._likelihoods(states, unpruned=not key))
+
+    def _likelihoods(self, states: list[Tensor], unpruned: bool = False) -> dict[str, np.ndarray]:
+        """What the last hidden states on the text say."""
         figures = {"nll": negative_log_likelihood(self.model, self._text, states)}
         if self.divergence:
-            figures["kl"] = np.array(kl_divergence(self.model, self._unpruned, states) if key else 0.0)
-        self._remember(key, figures)
+            figures["kl"] = np.array(0.0 if unpruned else kl_divergence(self.model, self._unpruned, states))
+        return figures
 
     def _recall(self, key: bytes) -> dict[str, np.ndarray]:
         """All that is known of a mask."""

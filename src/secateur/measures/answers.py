@@ -149,10 +149,21 @@ def _positions(layout: Layout, tree: TokenTree, whole: TokenTree, owner: list[in
     return torch.tensor([*owners, SHARED])[layout.nodes]  # padding is node -1, the last entry
 
 
-def answer_log_probabilities(model: LanguageModel, batch: Batch) -> Tensor:
-    """log P(answer | prompt), summed over the answer's tokens: (answers of the batch,), fp32."""
+def batch_hidden(model: LanguageModel, batch: Batch, copies: int = 1) -> Tensor:
+    """Last hidden states, (copies * rows, columns, hidden): the batch's rows, one copy after the other."""
     layout = batch.layout
-    hidden = model.hidden(layout.input_ids, layout.position_ids, layout.attention_mask)
+    rows, mask = layout.input_ids.repeat(copies, 1), layout.attention_mask
+    return model.hidden(rows, layout.position_ids.repeat(copies, 1), mask.repeat(copies, *[1] * (mask.dim() - 1)))
+
+
+def answer_log_probabilities(model: LanguageModel, batch: Batch, hidden: Tensor) -> Tensor:
+    """log P(answer | prompt), summed over the answer's tokens: (answers of the batch,), fp32.
+
+    Parameters
+    ----------
+    hidden: (rows, columns, hidden), of one copy of the batch.
+    """
+    layout = batch.layout
     device = hidden.device
     rows, columns = layout.row[batch.nodes].to(device), layout.column[batch.nodes].to(device)
     log_probabilities = model.log_probabilities(hidden[rows, columns])  # (reads, vocabulary)
@@ -186,9 +197,15 @@ MEASURES: dict[type, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def batch_y(model: LanguageModel, suite: Suite, batch: Batch) -> Tensor:
-    """y of every prompt of a batch, (prompts,) in fp32; differentiable with respect to gates."""
-    log_probabilities = answer_log_probabilities(model, batch)
+def batch_y(model: LanguageModel, suite: Suite, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+    """y of every prompt of a batch, (prompts,) in fp32; differentiable with respect to gates.
+
+    Parameters
+    ----------
+    hidden: the batch's last hidden states where they are known, (rows, columns, hidden).
+    """
+    hidden = batch_hidden(model, batch) if hidden is None else hidden
+    log_probabilities = answer_log_probabilities(model, batch, hidden)
     values, start = [], 0
     for scenario, group in groupby(batch.prompts, key=lambda prompt: prompt.scenario):
         prompts = list(group)
@@ -221,9 +238,27 @@ def measure_y(
     for number, batch in enumerate(batches):
         parts.append(run(number, partial(batch_y, model, prompts.suite, batch)).cpu())
         advance(len(batch.prompts))
-    y = torch.cat(parts)
+    return _finite(model, prompts.suite, torch.cat(parts))
+
+
+@torch.no_grad()
+def measure_y_of_each(model: LanguageModel, prompts: PromptSet, batches: Sequence[Batch], copies: int) -> Tensor:
+    """y of every prompt for each of several copies, (copies, prompts) fp32 on the CPU; see ``masked_each``.
+
+    Raises
+    ------
+    NumericalError: a y is not finite.
+    """
+    parts = []
+    for batch in batches:
+        hidden = batch_hidden(model, batch, copies).chunk(copies)
+        parts.append(torch.stack([batch_y(model, prompts.suite, batch, one) for one in hidden]).cpu())
+    return _finite(model, prompts.suite, torch.cat(parts, dim=1))
+
+
+def _finite(model: LanguageModel, suite: Suite, y: Tensor) -> Tensor:
     if not bool(torch.isfinite(y).all()):
         raise NumericalError(
-            f"The model '{model.source}' gives no finite answers to suite '{prompts.suite.name}'; try --dtype float32."
+            f"The model '{model.source}' gives no finite answers to suite '{suite.name}'; try --dtype float32."
         )
     return y

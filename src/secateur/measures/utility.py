@@ -158,13 +158,28 @@ def hidden_states(
     ----------
     run: makes the pass of a batch of windows, given its number.
     """
-    states: list[Tensor] = [torch.empty(0)] * len(text.windows)
+    (states,) = _read(model, text, 1, run, advance)
+    return states
+
+
+@torch.no_grad()
+def hidden_states_of_each(model: LanguageModel, text: NeutralText, copies: int) -> list[list[Tensor]]:
+    """The same for each of several copies; see :func:`secateur.units.masked_each`."""
+    return _read(model, text, copies)
+
+
+def _read(
+    model: LanguageModel, text: NeutralText, copies: int, run: Run = plainly, advance: Advance = lambda _: None
+) -> list[list[Tensor]]:
+    """Per copy and window, the last hidden states that predict its scored tokens, (scored, hidden)."""
+    states: list[list[Tensor]] = [[torch.empty(0)] * len(text.windows) for _ in range(copies)]
     for batch, numbers in enumerate(text.batches()):
         windows = [text.windows[n] for n in numbers]
-        tokens = torch.stack([window.tokens for window in windows])
-        hidden = run(batch, partial(model.hidden, tokens, None, None))
-        for number, row, window in zip(numbers, hidden, windows, strict=True):
-            states[number] = row[window.start - 1 : -1].clone()
+        tokens = torch.stack([window.tokens for window in windows]).repeat(copies, 1)
+        hidden = run(batch, partial(model.hidden, tokens, None, None))  # (copies * windows, tokens, hidden)
+        for copy, part in zip(states, hidden.chunk(copies), strict=True):
+            for number, row, window in zip(numbers, part, windows, strict=True):
+                copy[number] = row[window.start - 1 : -1].clone()
         advance(len(numbers))
     return states
 
