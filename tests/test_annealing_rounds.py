@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from test_annealing import random_surrogate
 from test_scoring import fit_of
 
+from secateur.errors import NumericalError
+from secateur.evaluation import Evaluator
+from secateur.evaluation.racing import Race
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.search.annealing import Annealing, CautiousEnergy, Measured, Survey, find_items, first_states, with_flips
 from secateur.search.base import Outcome, Problem
@@ -84,7 +87,7 @@ def test_a_cautious_energy_is_mean_plus_disagreement_and_prices_increases_alone(
 
 
 def test_the_front_holds_what_nothing_dominates() -> None:
-    survey = Survey(problem_of(), fit_of(), [], limit=0.02, unpruned=0.0)
+    survey = Survey(problem_of(), fit_of(), [], limit=0.02, unpruned=0.0, race=Race.on(fit_of()))
     kept = [measured(0.5, 0.01, 2), measured(0.3, 0.015, 3), measured(0.1, 0.5, 3)]
     lost = [measured(0.5, 0.02, 2), measured(0.6, 0.02, 3)]
     survey.found = [lost[0], kept[2], kept[0], lost[1], kept[1], measured(0.9, 0.0, 0)]
@@ -115,7 +118,8 @@ def test_the_search_measures_what_it_may_and_proposes_its_front() -> None:
         assert selection.knobs["fit_bias"] == pytest.approx(disparity(table), rel=1e-3)
 
 
-def test_the_search_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("race", [1, 3])
+def test_the_search_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, race: int) -> None:
     asked: list[bytes] = []
     measure = Survey.measure
 
@@ -124,9 +128,41 @@ def test_the_search_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
         measure(self, states, advance)
 
     monkeypatch.setattr(Survey, "measure", noted)
-    propose(SMALL, problem_of(), Attribution())
+    problem = problem_of()
+    survey = Survey.prepare(problem, [], SMALL)
+    propose(SMALL.model_copy(update={"race": race}), problem, Attribution())
     assert len(asked) == len(set(asked)) <= 24
     assert len(asked) > 24 // 3, "rounds measure masks, too"
+    if race > 1:  # looks at the slice are paid for
+        assert len(asked) <= 8 + 16 / (1 + race * survey.race.share)
+
+
+def test_a_race_lets_the_best_of_a_fixed_slice_go_on() -> None:
+    fit = fit_of()
+    race, again = Race.on(fit, seed=3), Race.on(fit, seed=3)
+    assert race.first.part == again.first.part != fit.part
+    assert set(race.first.prompts.prompts) < set(fit.prompts.prompts)
+    assert 0 < race.share < 1
+    rng = np.random.default_rng(0)
+    units = len(UnitSpace.of(fit.model))
+    masks = [Mask.removing(fit.model, rng.choice(units, size=4, replace=False)) for _ in range(6)]
+    energies = [disparity(race.first.evaluate(mask).table) for mask in masks]
+    winners = race.winners(masks, 2, lambda _, found: disparity(found.table))
+    assert winners == sorted(np.argsort(energies)[:2].tolist())
+
+
+def test_a_mask_without_finite_answers_loses_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = Race.on(fit_of())
+    masks = [Mask.removing(race.first.model, [unit]) for unit in range(3)]
+    real = Evaluator.evaluate
+
+    def evaluate(self: Evaluator, mask: Any = None, *rest: Any, **named: Any) -> Any:
+        if mask is masks[0]:
+            raise NumericalError("not finite")
+        return real(self, mask, *rest, **named)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    assert race.winners(masks, 2, lambda *_: 0.0) == [1, 2]
 
 
 def test_the_search_finds_the_best_of_a_known_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +174,7 @@ def test_the_search_finds_the_best_of_a_known_function(monkeypatch: pytest.Monke
     def measure(self: Survey, states: list[np.ndarray], advance: Any) -> None:
         for state in states:
             self.asked.add(state.tobytes())
+            self.spent += 1
             bias = 1 + 0.3 * float((state & ~wanted).sum()) - 0.1 * float((state & wanted).sum())
             self.found.append(Measured(state, bias, 1e-4 * float(state.sum()), int(state.sum())))
 

@@ -57,6 +57,12 @@ RayAddress = Annotated[
     str | None,
     typer.Option("--ray", help="Spread evaluations over Ray actors: auto, local:N or a cluster's address."),
 ]
+MasksAtOnce = Annotated[
+    int, typer.Option(help="Masks in one forward pass, each with its own rows; more keep a GPU busier.")
+]
+KeptMib = Annotated[
+    int, typer.Option(help="MiB of hidden states that a search keeps, to begin a mask where it differs; 0 for none.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -149,6 +155,8 @@ def repair(
     trust_remote_code: Trust = False,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
+    masks_at_once: MasksAtOnce = 1,
+    kept_mib: KeptMib = 1024,
     chat: Chat = "auto",
     ray: RayAddress = None,
     overwrite: Overwrite = False,
@@ -166,6 +174,8 @@ def repair(
             max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
             seed, batch_size, chat,
         ),
+        "masks_at_once": masks_at_once,
+        "kept_mib": kept_mib,
     }  # fmt: skip
     asked = _suite(suite)
     check_address(ray)
@@ -216,6 +226,8 @@ def compare(
     trust_remote_code: Trust = False,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
+    masks_at_once: MasksAtOnce = 1,
+    kept_mib: KeptMib = 1024,
     chat: Chat = "auto",
     ray: RayAddress = None,
     overwrite: Overwrite = False,
@@ -235,6 +247,8 @@ def compare(
             max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
             seed, batch_size, chat,
         ),
+        "masks_at_once": masks_at_once,
+        "kept_mib": kept_mib,
     }  # fmt: skip
     asked = _suite(suite)
     check_address(ray)

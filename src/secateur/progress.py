@@ -16,5 +16,8 @@ class Progress:
         """A step of ``total`` units of work; call the yielded function with what was done."""
         yield lambda done: None
 
+    def status(self, words: str) -> None:
+        """What the running step has reached so far, in place of what was said before."""
+
     def say(self, message: str) -> None:
         """A line worth a person's attention."""

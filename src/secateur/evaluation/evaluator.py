@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -89,6 +89,10 @@ class Evaluator:
     cluster: Pool | None = None
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
+
+    def on(self, prompts: PromptSet, text: NeutralText | None, **changes: Any) -> Evaluator:
+        """An evaluator that measures in the same way on other data."""
+        return replace(self, prompts=prompts, text=text, divergence=False, **changes)
 
     @cached_property
     def part(self) -> str:

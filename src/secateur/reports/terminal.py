@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class TerminalProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._describe: Callable[[str], None] = lambda _: None
 
     @contextmanager
     def step(self, description: str, total: int) -> Iterator[Advance]:
@@ -49,7 +50,15 @@ class TerminalProgress(Progress):
         )
         with RichBars(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(escape(description), total=total)
-            yield lambda done: bars.advance(task, done)
+            before = self._describe
+            self._describe = lambda words: bars.update(task, description=escape(f"{description}: {words}"))
+            try:
+                yield lambda done: bars.advance(task, done)
+            finally:
+                self._describe = before
+
+    def status(self, words: str) -> None:
+        self._describe(words)
 
     def say(self, message: str) -> None:
         self.console.print(escape(message))

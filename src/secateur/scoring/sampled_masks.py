@@ -175,4 +175,4 @@ class SampledMasks(Settings):
         assert fit.text is not None, "attention-pruning needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, self.markers, None, self.seed).of(fit.prompts)
         text = fit.text.first(self.windows)
-        return Evaluator(fit.model, prompts, text, fit.batch_size, store=fit.store, cluster=fit.cluster)
+        return fit.on(prompts, text)

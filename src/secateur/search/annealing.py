@@ -19,7 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.evaluation.evaluator import Evaluator
+from secateur.evaluation.evaluator import Evaluator, Measurement
+from secateur.evaluation.racing import Race
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
 from secateur.progress import Advance
@@ -29,11 +30,11 @@ from secateur.scoring.surrogate import Surrogate, train
 from secateur.search.base import Problem, Proposals, Selection
 from secateur.search.chains import Cooling, StateEnergy, anneal
 from secateur.search.elimination import ranking
+from secateur.weights import AnyMask
 
 # Prices of log-perplexity against bias: each gives its own end of the Pareto front.
 PRICES = (0.5, 1.0, 2.0)
 NEIGHBOURHOODS = 8
-KEEP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Annealing(Settings):
 
     Attributes
     ----------
-    evaluations: masks measured on the fit part in all.
+    evaluations: masks measured on the fit part in all; those on a slice of it count by its share.
     heads, neurons: how many of each, the first in the order of attribution, may be removed.
     block: neurons in a block; the first blocks are smaller (an eighth, a quarter, a half).
     rounds: of training and measuring after the first masks, which take a third of the evaluations.
@@ -113,6 +114,7 @@ class Annealing(Settings):
     cooling: Cooling = "geometric"
     markers: Annotated[int, Field(ge=2)] = 8
     windows: Annotated[int, Field(ge=1)] = 6
+    race: Annotated[int, Field(ge=1)] = 1
     finalists: Annotated[int, Field(ge=1)] = 8
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -134,9 +136,12 @@ class Annealing(Settings):
             first = max(4, self.evaluations // 3)
             survey.measure(first_states(len(items), first, rng), advance)
             for number in range(self.rounds):
-                left = self.evaluations - len(survey.asked)
-                share = -(-left // (self.rounds - number))
-                survey.measure(self._promising(survey, share, number), advance)
+                share = (self.evaluations - survey.spent) / (self.rounds - number)
+                count = int(share / survey.price_of(self.race))
+                if count < 1:
+                    continue
+                states = self._promising(survey, self.race * count, number)
+                survey.measure(survey.winners(states, count), advance)
         for found in survey.front()[: self.finalists]:
             removed = survey.units_of(found.state)
             yield Selection.of_units(removed, problem.space, {"fit_bias": found.bias})
@@ -185,7 +190,9 @@ class Survey:
     ----------
     part: the draw of the fit part. items: the units of each item, flat positions.
     limit: the increase of log-perplexity that the prices are relative to.
+    race: on a slice of the part.
     found: the states with finite answers, in the order of measurement. asked: all states, by their bytes.
+    spent: evaluations so far; those on the slice count by its share.
     """
 
     problem: Problem
@@ -193,8 +200,10 @@ class Survey:
     items: list[np.ndarray]
     limit: float
     unpruned: float
+    race: Race
     found: list[Measured] = field(default_factory=list)
     asked: set[bytes] = field(default_factory=set)
+    spent: float = 0.0
 
     @classmethod
     def prepare(cls, problem: Problem, items: list[np.ndarray], settings: Annealing) -> Survey:
@@ -202,10 +211,28 @@ class Survey:
         assert fit.text is not None, "annealing needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, settings.markers, None, settings.seed).of(fit.prompts)
         text = fit.text.first(settings.windows)
-        part = Evaluator(
-            fit.model, prompts, text, fit.batch_size, store=fit.store, keep_bytes=KEEP_BYTES, cluster=fit.cluster
-        )
-        return cls(problem, part, items, float(np.log1p(problem.limit)), float(np.log(part.perplexity())))
+        part = fit.on(prompts, text, keep_bytes=problem.keep_bytes)
+        race = Race.on(part, settings.seed)
+        return cls(problem, part, items, float(np.log1p(problem.limit)), float(np.log(part.perplexity())), race)
+
+    def price_of(self, race: int) -> float:
+        """Evaluations that one state on the whole part takes, with those looked at on the slice for it."""
+        return 1 + (race * self.race.share if race > 1 else 0)
+
+    def winners(self, states: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        """The most promising of states, as a slice of the part tells; all where there is no more than ``count``."""
+        if len(states) <= count:
+            return list(states)
+        first = self.race.first
+        before, unpruned = disparity(first.evaluate().table), float(np.log(first.perplexity()))
+
+        def energy(mask: AnyMask, found: Measurement) -> float:
+            increase = float(np.log(first.perplexity(mask))) - unpruned
+            return disparity(found.table) / max(before, 1e-9) + max(0.0, increase / self.limit)
+
+        masks = [self.problem.mask(self.units_of(state)) for state in states]
+        self.spent += len(states) * self.race.share
+        return [states[number] for number in self.race.winners(masks, count, energy)]
 
     def units_of(self, state: np.ndarray) -> np.ndarray:
         """Flat positions of what a state removes."""
@@ -216,6 +243,7 @@ class Survey:
         """Measure states on the model, each once; ``advance`` is told of the states."""
         new = {state.tobytes(): state for state in states if state.tobytes() not in self.asked}
         self.asked.update(new)
+        self.spent += len(new)
         masks = [self.problem.mask(self.units_of(state)) for state in new.values()]
         measured = self.part.evaluate_each(masks, utility=True)
         for state, mask, found in zip(new.values(), masks, measured, strict=True):
@@ -223,6 +251,9 @@ class Survey:
                 increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
                 self.found.append(Measured(state, disparity(found.table), increase, len(mask.removed)))
             advance(1)
+            best = next(iter(self.front()), None)
+            if best is not None:
+                self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(best.increase):+.1%}")
 
     def front(self) -> list[Measured]:
         """The states that no other dominates and that remove something, the least bias within the limit first."""

@@ -99,6 +99,7 @@ class Candidates:
         mask = problem.mask_of(selection)
         name = f"Candidate {len(self.measured) + 1}: {mask.summary}"
         with self.recorder.step(name, self.select.work(utility=True)) as advance:
+            self.recorder.progress.status(self._best_so_far())
             try:
                 table = self.select.evaluate(mask, advance, utility=True).table
                 figures = self._figures(mask, table)
@@ -115,6 +116,13 @@ class Candidates:
         self.measured.append((mask, record))
         self.changed(self)
         return record
+
+    def _best_so_far(self) -> str:
+        inside = [record for record in self.records if record.within_limit]
+        if not inside:
+            return "none within the limit yet"
+        best = min(inside, key=lambda record: record.bias_square)
+        return f"best so far B {best.bias:.2f} at {best.perplexity_increase:+.1%}"
 
     def _figures(self, mask: AnyMask, table: Table) -> dict[str, Any]:
         increase, bias = self.select.perplexity_increase(mask, self.seed), suite_bias(table, self.seed)

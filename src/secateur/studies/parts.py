@@ -27,6 +27,7 @@ from secateur.units import check_ablation
 
 FOLD_PROMPTS = 256
 CONTROL_PROMPTS = 96
+LEAST = {"batch_size": 1, "masks_at_once": 1, "kept_mib": 0, "max_markers": 2, "utility_tokens": 512}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StudySettings:
     ablation: what a removed unit gives: "zero" or its "mean" over neutral text.
     seed: of splits, random masks, permutations and bootstrap.
     batch_size: prompts in one forward pass.
+    masks_at_once: masks in one forward pass where many are measured, each with its own rows.
+    kept_mib: MiB of hidden states that a search may keep, to begin the next mask where it differs; 0 for none.
     chat: "auto", "chat" or "plain".
     max_markers: at most so many markers per group in fit and select; None for all. Test uses all.
     utility_text: a text file instead of the built-in neutral corpus.
@@ -50,6 +53,8 @@ class StudySettings:
     ablation: str = "zero"
     seed: int = 0
     batch_size: int = DEFAULT_BATCH_SIZE
+    masks_at_once: int = 1
+    kept_mib: int = 1024
     chat: ChatMode = "auto"
     max_markers: int | None = None
     utility_text: str | Path | None = None
@@ -71,7 +76,13 @@ class StudySettings:
             load_suite(self.control_suite)
         if not 0 < self.max_perplexity_increase < 10:
             raise SettingError("The maximum perplexity increase must lie between 0 and 10 (0.02 stands for 2 %).")
-        for name, low in (("batch_size", 1), ("max_markers", 2), ("utility_tokens", 512)):
+        for name, low in (
+            ("batch_size", 1),
+            ("masks_at_once", 1),
+            ("kept_mib", 0),
+            ("max_markers", 2),
+            ("utility_tokens", 512),
+        ):
             self.check_least(name, low)
 
     def check_least(self, name: str, low: int) -> None:
@@ -114,7 +125,16 @@ class Parts:
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 
         def evaluator(prompts: PromptSet, neutral: NeutralText | None = None, divergence: bool = False) -> Evaluator:
-            return Evaluator(model, prompts, neutral, settings.batch_size, divergence, store, cluster=cluster)
+            return Evaluator(
+                model,
+                prompts,
+                neutral,
+                settings.batch_size,
+                divergence,
+                store,
+                masks_at_once=settings.masks_at_once,
+                cluster=cluster,
+            )
 
         control = None
         if settings.control_suite is not None:
@@ -152,7 +172,16 @@ class Parts:
             assert text is not None
             with recorder.step("Mean activations", len(text.windows)) as advance:
                 means = activation_means(model, text, advance)
-        return Problem(model, self.fit, self.folds, recorder.step, means, settings.max_perplexity_increase)
+        return Problem(
+            model,
+            self.fit,
+            self.folds,
+            recorder.step,
+            means,
+            settings.max_perplexity_increase,
+            settings.kept_mib << 20,
+            recorder.progress.status,
+        )
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:

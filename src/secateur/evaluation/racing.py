@@ -1,0 +1,59 @@
+"""Races: many masks on a first slice of the data, the most promising of them on all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.evaluation.evaluator import Evaluator, Measurement
+from secateur.measures.prompts import PromptDraw
+from secateur.weights import AnyMask
+
+SLICE = 0.25
+MARKERS = 2
+
+
+@dataclass(eq=False)
+class Race:
+    """A slice of an evaluator's data, fixed before anything is measured on it.
+
+    Attributes
+    ----------
+    first: measures on the slice. share: of the tokens of the whole that it reads.
+    """
+
+    first: Evaluator
+    share: float
+
+    @classmethod
+    def on(cls, whole: Evaluator, seed: int = 0, part: float = SLICE) -> Race:
+        """The slice: a part of every group's markers, at least two, in all scenarios, and of the windows of text."""
+        groups = np.unique(whole.prompts.groups, return_counts=True)[1]
+        markers = max(MARKERS, round(part * int(groups.min())))
+        prompts = PromptDraw.stratified(whole.prompts, markers, None, [seed, markers]).of(whole.prompts)
+        text = whole.text
+        if text is not None:
+            text = text.first(max(1, round(part * len(text.windows))))
+        first = whole.on(prompts, text, keep_bytes=0)
+        return cls(first, _tokens(first) / _tokens(whole))
+
+    def winners(
+        self, masks: Sequence[AnyMask], count: int, energy: Callable[[AnyMask, Measurement], float]
+    ) -> list[int]:
+        """The masks of lowest energy on the slice, by their positions, ascending; those without finite answers last.
+
+        Parameters
+        ----------
+        energy: of a mask as measured on the slice; the lower, the better.
+        """
+        found = self.first.evaluate_each(masks, utility=self.first.text is not None)
+        energies = [np.inf if one is None else energy(mask, one) for mask, one in zip(masks, found, strict=True)]
+        return sorted(np.argsort(energies, kind="stable")[:count].tolist())
+
+
+def _tokens(evaluator: Evaluator) -> int:
+    """Tokens of one whole evaluation."""
+    read = 0 if evaluator.text is None else sum(len(window.tokens) for window in evaluator.text.windows)
+    return sum(batch.tokens for batch in evaluator.batches) + read
