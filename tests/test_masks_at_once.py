@@ -92,3 +92,11 @@ def test_masks_with_different_means_are_refused_in_one_pass_but_measured() -> No
     plain, together = evaluator_of(), evaluator_of(masks_at_once=2)
     for mask, found in zip(masks, together.evaluate_each(masks, utility=True), strict=True):
         assert_same(found, plain.evaluate(mask, utility=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_technique_can_be_switched_off_and_changes_nothing(name: str) -> None:
+    plain = evaluator_of(name, share_prefixes=False, logits_where_read=False)
+    engine = evaluator_of(name, keep_bytes=1 << 30, masks_at_once=2)
+    for mask, found in zip(masks := some_masks(name, 4), engine.evaluate_each(masks, utility=True), strict=True):
+        assert_same(found, plain.evaluate(mask, utility=True))

@@ -75,6 +75,9 @@ class Evaluator:
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
     masks_at_once: masks in one forward pass, each with its own rows, where many are measured. Worth it where a pass
         is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``.
+    share_prefixes: compute prompts that begin alike, and the answers to one prompt, in one tree of tokens.
+    logits_where_read: compute the output head only where an answer is read. This and ``share_prefixes`` are switched
+        off to see what they save; figures stay the same.
     cluster: Ray actors that measure many masks at once, or None.
     """
 
@@ -86,6 +89,8 @@ class Evaluator:
     store: Store | None = None
     keep_bytes: int = 0
     masks_at_once: int = 1
+    share_prefixes: bool = True
+    logits_where_read: bool = True
     cluster: Pool | None = None
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
@@ -109,7 +114,7 @@ class Evaluator:
     @cached_property
     def batches(self) -> list[Batch]:
         """The prompts, packed for the model; packed when they are first needed."""
-        return pack(self.model, self.prompts, self.batch_size)
+        return pack(self.model, self.prompts, self.batch_size, self.share_prefixes)
 
     @cached_property
     def _walk(self) -> Walk | None:
@@ -140,7 +145,8 @@ class Evaluator:
             self._unpruned = hidden_states(self.model, self._text)
         with masked(self.model, mask):
             if "y" not in known:
-                y = measure_y(self.model, self.prompts, self.batches, advance, self._run(mask, "prompts"))
+                run, everywhere = self._run(mask, "prompts"), not self.logits_where_read
+                y = measure_y(self.model, self.prompts, self.batches, advance, run, everywhere)
                 self._remember(key, {"y": y.numpy().astype(float)})
             else:
                 advance(len(self.prompts))

@@ -52,12 +52,19 @@ class Batch:
         return self.layout.input_ids.numel()
 
 
-def pack(model: LanguageModel, prompts: PromptSet, batch_size: int = DEFAULT_BATCH_SIZE) -> list[Batch]:
-    """Pack prompts into batches of at most ``batch_size`` prompts; to be reused for every mask."""
+def pack(
+    model: LanguageModel, prompts: PromptSet, batch_size: int = DEFAULT_BATCH_SIZE, share_prefixes: bool = True
+) -> list[Batch]:
+    """Pack prompts into batches of at most ``batch_size`` prompts; to be reused for every mask.
+
+    Parameters
+    ----------
+    share_prefixes: whether prompts that begin alike are computed alike, where the model's attention allows it.
+    """
     if batch_size < 1:
         raise SettingError(f"The batch size must be at least 1, not {batch_size}.")
     longest = max(len(p.context) + max(len(a) for a in p.answers) for p in prompts.prompts)
-    tree = use_tree(model, longest)
+    tree = share_prefixes and use_tree(model, longest)
     whole, owner = _owners(prompts.prompts)
     if tree:
         rows = list(_rows(prompts.prompts, min(batch_size, ROW_PROMPTS), ROW_TOKENS))
@@ -156,17 +163,21 @@ def batch_hidden(model: LanguageModel, batch: Batch, copies: int = 1) -> Tensor:
     return model.hidden(rows, layout.position_ids.repeat(copies, 1), mask.repeat(copies, *[1] * (mask.dim() - 1)))
 
 
-def answer_log_probabilities(model: LanguageModel, batch: Batch, hidden: Tensor) -> Tensor:
+def answer_log_probabilities(model: LanguageModel, batch: Batch, hidden: Tensor, everywhere: bool = False) -> Tensor:
     """log P(answer | prompt), summed over the answer's tokens: (answers of the batch,), fp32.
 
     Parameters
     ----------
     hidden: (rows, columns, hidden), of one copy of the batch.
+    everywhere: compute the output head at all positions instead of those that are read; to compare costs.
     """
     layout = batch.layout
     device = hidden.device
     rows, columns = layout.row[batch.nodes].to(device), layout.column[batch.nodes].to(device)
-    log_probabilities = model.log_probabilities(hidden[rows, columns])  # (reads, vocabulary)
+    if everywhere:
+        log_probabilities = model.log_probabilities(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)[rows, columns]
+    else:
+        log_probabilities = model.log_probabilities(hidden[rows, columns])  # (reads, vocabulary)
     device = log_probabilities.device
     steps = log_probabilities[batch.read.to(device), batch.token.to(device)]
     total = torch.zeros(int(batch.answer[-1]) + 1, device=device)
@@ -197,15 +208,18 @@ MEASURES: dict[type, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def batch_y(model: LanguageModel, suite: Suite, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+def batch_y(
+    model: LanguageModel, suite: Suite, batch: Batch, hidden: Tensor | None = None, everywhere: bool = False
+) -> Tensor:
     """y of every prompt of a batch, (prompts,) in fp32; differentiable with respect to gates.
 
     Parameters
     ----------
     hidden: the batch's last hidden states where they are known, (rows, columns, hidden).
+    everywhere: see :func:`answer_log_probabilities`.
     """
     hidden = batch_hidden(model, batch) if hidden is None else hidden
-    log_probabilities = answer_log_probabilities(model, batch, hidden)
+    log_probabilities = answer_log_probabilities(model, batch, hidden, everywhere)
     values, start = [], 0
     for scenario, group in groupby(batch.prompts, key=lambda prompt: prompt.scenario):
         prompts = list(group)
@@ -223,12 +237,14 @@ def measure_y(
     batches: Sequence[Batch],
     advance: Callable[[int], None] = lambda _: None,
     run: Run = plainly,
+    everywhere: bool = False,
 ) -> Tensor:
     """y of every prompt, (prompts,) fp32 on the CPU.
 
     Parameters
     ----------
     run: makes the pass of a batch, given its number.
+    everywhere: see :func:`answer_log_probabilities`.
 
     Raises
     ------
@@ -236,7 +252,7 @@ def measure_y(
     """
     parts = []
     for number, batch in enumerate(batches):
-        parts.append(run(number, partial(batch_y, model, prompts.suite, batch)).cpu())
+        parts.append(run(number, partial(batch_y, model, prompts.suite, batch, everywhere=everywhere)).cpu())
         advance(len(batch.prompts))
     return _finite(model, prompts.suite, torch.cat(parts))
 
