@@ -10,11 +10,14 @@ import torch
 from test_scoring import fit_of, means_of
 from tiny import HEADS, LAYERS, NAMES
 
+from secateur.attenuation import Attenuation
+from secateur.errors import SettingError
 from secateur.evaluation import Evaluator
 from secateur.measures.disparity import Table
 from secateur.scoring.attribution import pairs_of_groups
 from secateur.scoring.gates import GateScores, GateTraining, Lesson
 from secateur.search.base import Outcome, Problem
+from secateur.search.methods import method
 from secateur.search.rounding import Rounding
 from secateur.units import Mask, UnitSpace
 
@@ -141,3 +144,28 @@ def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
     assert scorer.__dict__["damages"] == [5.0, 2.5, 5.0]
     assert found[0].kind == "heads"
     assert found[2].kind == "both"
+
+
+def test_soft_gates_stay_where_training_left_them() -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+    proposals, found = Rounding(start=2, rounds=1, soft=True).proposals(problem, Trained()), []
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            found.append(problem.mask_of(selection))
+            selection = proposals.send(Outcome(0.2, 0.0, len(found) < 3))
+    assert all(isinstance(mask, Attenuation) for mask in found)
+    first, refined = found[0], found[-1]
+    np.testing.assert_allclose(first.gates[:3], [0.5, 0.5 + 0.4 / 39, 1], atol=1e-6)
+    assert (first.gates < 1).sum() == 2
+    assert refined.gates[0] == 0, "training goes on from the gates, not from their rounding"
+    assert 0 < refined.gates[1] < 1
+
+
+def test_soft_gates_are_refused_with_means_before_anything_is_computed() -> None:
+    fit = fit_of()
+    chosen = method("gates", {"soft": "true"})
+    with pytest.raises(SettingError, match="zero ablation"):
+        chosen.check(fit.model, fit.prompts.suite, "mean")
+    chosen.check(fit.model, fit.prompts.suite, "zero")

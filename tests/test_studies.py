@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command import REPAIR, Command, Document, Outcome, save_model, small_suite, write_suite, write_text
+from peft import PeftModel
 from plotly.offline import get_plotlyjs
 from tiny import all_logits, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,6 +224,26 @@ def test_show_prints_a_repair(tmp_path: Path, output: Path, call: Command) -> No
     assert (shown.status, shown.err) == (0, "")
     for said in ("Removed ", " of 8 heads", " of 96 neurons", "Held-out bias B", "Random masks", "Verdict: "):
         assert said in shown.out
+
+
+def test_soft_gates_leave_as_an_adapter(tmp_path: Path, output: Path, call: Command) -> None:
+    options = ("--set", "gate_steps=3", "--set", "steps=3", "--set", "soft=true", "--method", "gates")
+    model, inputs = save_model(tmp_path / "model", PASSING), ("-s", write_suite(tmp_path), "--control-suite", "none")
+    text = ("--utility-text", write_text(tmp_path), "--device", "cpu", "--max-perplexity-increase", "5")
+    outcome = call("repair", "-m", model, *inputs, "-o", output, *text, *options)
+    assert outcome.err == ""
+    assert outcome.status in (0, 3)
+    assert not (output / "checkpoint").exists()
+    plan = secateur.load_plan(output)
+    assert 0 < plan.mask.gates[plan.mask.changed].max() < 1  # type: ignore[union-attr]
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapted = PeftModel.from_pretrained(base, output / "adapter")
+    live = secateur.load(model, device="cpu")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad(), plan.applied(live):
+        expected = live.logits(live.hidden(tokens, None, None)[0])
+        torch.testing.assert_close(adapted(tokens).logits[0], expected, atol=1e-4, rtol=1e-4)
+    assert "turned down" in (output / "report.html").read_text()
 
 
 def test_checkpoint_loads_plainly_and_equals_the_plan(tmp_path: Path, output: Path, call: Command) -> None:

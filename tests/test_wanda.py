@@ -224,7 +224,7 @@ def test_neurons_are_those_of_one_set_and_not_the_other(p: float, q: float, inte
             sets.append(plain_top(minority[part].tolist(), p) - plain_top(majority[part].tolist(), q))
         expected += [8 + part.start + i for i in sorted(set.intersection(*sets))]
     assert [selection.removed.tolist() for selection in found] == ([expected] if expected else [])
-    assert all(s.kind == "neurons" and s.weights is None and s.knobs == {"p": p, "q": q} for s in found)
+    assert all(s.kind == "neurons" and s.mask is None and s.knobs == {"p": p, "q": q} for s in found)
 
 
 @pytest.mark.parametrize("intersection", [False, True])
@@ -235,9 +235,9 @@ def test_weights_are_taken_row_by_row(p: float, q: float, intersection: bool) ->
     )
     assert selection.kind == "weights"
     assert len(selection.removed) == 0
-    assert selection.weights is not None
-    assert selection.knobs == {"p": p, "q": q, "weights": selection.weights.weights_removed}
-    assert problem_of().mask_of(selection) is selection.weights
+    assert selection.mask is not None
+    assert selection.knobs == {"p": p, "q": q, "weights": selection.mask.weights_removed}
+    assert problem_of().mask_of(selection) is selection.mask
     scenarios = [("go",), ("say",)] if intersection else [("go", "say")]
     by_scenario = [[s_of(model_of(), texts_of(m, chosen)) for m in (False, True)] for chosen in scenarios]
     total = 0
@@ -249,10 +249,10 @@ def test_weights_are_taken_row_by_row(p: float, q: float, intersection: bool) ->
                 for minority, majority in by_scenario
             ]
             expected[row, list(set.intersection(*sets))] = True
-        removed = selection.weights.of(name) if name in selection.weights.shapes else np.zeros_like(expected)
+        removed = selection.mask.of(name) if name in selection.mask.shapes else np.zeros_like(expected)
         np.testing.assert_array_equal(removed, expected)
         total += int(expected.sum())
-    assert total == selection.weights.weights_removed > 0
+    assert total == selection.mask.weights_removed > 0
 
 
 def test_everything_and_nothing() -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur.attenuation import Attenuation
 from secateur.evaluation.cluster import Cluster, check_address
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
@@ -33,9 +34,11 @@ from secateur.studies.parts import StudySettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.suites import Suite, load_suite, suite_hash
-from secateur.surgery import check_ablation_fits, write_checkpoint
+from secateur.surgery import check_ablation_fits, write_adapter, write_checkpoint
 
 SPARE_BYTES = 50_000_000
+# Settings that change what a run costs and not what it finds: another value may carry on a run.
+EFFORT = ("masks_at_once", "kept_mib")
 
 
 def audit(
@@ -106,7 +109,7 @@ def repair(
     model: from :func:`secateur.load`; it is left as it was.
     suite: the name of a built-in suite, the path of a YAML file, or a suite; None for the default.
     output: a directory for ``result.json``, ``run.json``, ``plan.json`` with its mask,
-        ``report.html`` and ``checkpoint/``; overwrite: replace it if it exists.
+        ``report.html`` and ``checkpoint/``, or ``adapter/`` for soft gates; overwrite: replace it if it exists.
     ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
     settings: fields of :class:`secateur.RepairSettings`, such as ``max_perplexity_increase=0.02``.
 
@@ -287,7 +290,7 @@ def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySett
         "suite": suite_hash(suite),
         "control": control,
         "text": text,
-        "settings": settings.as_dict(),
+        "settings": {name: value for name, value in settings.as_dict().items() if name not in EFFORT},
     }
     return dict(json.loads(to_json(key)))
 
@@ -333,4 +336,7 @@ def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputD
     write_text(directory.staging / "report.html", render_repair(result))
     if result.plan is not None:
         result.plan.save(directory.staging)
-        write_checkpoint(model, result.plan.mask, directory.staging / "checkpoint")
+        if isinstance(result.plan.mask, Attenuation):
+            write_adapter(model, result.plan.mask, directory.staging / "adapter")
+        else:
+            write_checkpoint(model, result.plan.mask, directory.staging / "checkpoint")

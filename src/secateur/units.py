@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -146,6 +146,8 @@ class Mask:
     means: what removed units give instead of their activations; None for zero ablation.
     """
 
+    action: ClassVar[str] = "removed"
+
     space: UnitSpace
     keep: np.ndarray
     fingerprint: str
@@ -266,7 +268,7 @@ class Mask:
         MaskError: the mask was made for another model.
         """
         self.check(model)
-        with gated(model, _gates(self.space, self.keep, self.means)):
+        with gated(model, gates_of(self.space, self.keep, self.means)):
             yield
 
     def save(self, path: str | Path) -> None:
@@ -307,7 +309,7 @@ class Mask:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if not isinstance(header, dict) or header.get("format") != MASK_FORMAT:
                 raise MaskError(f"'{path}' is not a Secateur mask.")
-            space = _space_from(header["space"])
+            space = space_from(header["space"])
             keep = np.ones(len(space), dtype=bool)
             if (tensors["removed"] < 0).any() or header["ablation"] not in ("zero", "mean"):
                 raise ValueError("it has a negative unit or an unknown ablation")
@@ -318,7 +320,8 @@ class Mask:
             raise MaskError(f"The mask file '{path}' cannot be read: {error}.") from error
 
 
-def _space_from(fields: dict[str, Any]) -> UnitSpace:
+def space_from(fields: dict[str, Any]) -> UnitSpace:
+    """The inverse of ``dataclasses.asdict`` after a way through JSON."""
     return UnitSpace(
         heads=tuple(fields["heads"]),
         kv_heads=tuple(fields["kv_heads"]),
@@ -446,20 +449,20 @@ def masked_each(model: LanguageModel, masks: Sequence[Mask]) -> Iterator[None]:
         if mask.means is not masks[0].means:
             raise MaskError("Masks with different means cannot be applied at once.")
     keep = np.stack([mask.keep for mask in masks])[:, None]  # (masks, 1, units)
-    with gated(model, _gates(masks[0].space, keep, masks[0].means)):
+    with gated(model, gates_of(masks[0].space, keep, masks[0].means)):
         yield
 
 
-def _gates(space: UnitSpace, keep: np.ndarray, means: ActivationMeans | None) -> Gates:
-    """Gates of 0 and 1 from bool (..., units)."""
+def gates_of(space: UnitSpace, values: np.ndarray, means: ActivationMeans | None = None) -> Gates:
+    """Gates from one array (..., units), of bools or of numbers from 0 to 1; None for layers with gates of 1 alone."""
 
     def gate(part: np.ndarray) -> Tensor | None:
-        return None if part.all() else torch.from_numpy(part.astype(np.float32))
+        return None if (part == 1).all() else torch.from_numpy(part.astype(np.float32))
 
     layers = range(space.n_layers)
     return Gates(
-        heads=[gate(keep[..., space.head_slice(layer)]) for layer in layers],
-        neurons=[gate(keep[..., space.neuron_slice(layer)]) for layer in layers],
+        heads=[gate(values[..., space.head_slice(layer)]) for layer in layers],
+        neurons=[gate(values[..., space.neuron_slice(layer)]) for layer in layers],
         means=means,
     )
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.attenuation import ATTENUATION_FORMAT, Attenuation
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
 from secateur.units import HEADER, Ablation, Mask
@@ -56,6 +58,8 @@ class WeightMask:
         the last byte is filled up with zeros.
     fingerprint: of the model that the mask was made for.
     """
+
+    action: ClassVar[str] = "removed"
 
     shapes: Mapping[str, tuple[int, int]]
     bits: Mapping[str, np.ndarray]
@@ -239,11 +243,11 @@ class WeightMask:
             raise MaskError(f"The weight mask '{path}' cannot be read: {error}.") from error
 
 
-AnyMask = Mask | WeightMask
+AnyMask = Mask | WeightMask | Attenuation
 
 
 def load_mask(path: str | Path) -> AnyMask:
-    """Read a mask of either kind, told apart by the format that its file names.
+    """Read a mask of any kind, told apart by the format that its file names.
 
     Raises
     ------
@@ -251,10 +255,13 @@ def load_mask(path: str | Path) -> AnyMask:
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            of_weights = WEIGHT_MASK_FORMAT in (file.metadata() or {}).get(HEADER, "")
+            header = (file.metadata() or {}).get(HEADER, "")
     except (OSError, SafetensorError):
-        of_weights = False  # the error is told by the one place that reads masks
-    return WeightMask.load(path) if of_weights else Mask.load(path)
+        header = ""  # the error is told by the one place that reads masks
+    for name, kind in ((WEIGHT_MASK_FORMAT, WeightMask), (ATTENUATION_FORMAT, Attenuation)):
+        if name in header:
+            return kind.load(path)
+    return Mask.load(path)
 
 
 def _check_shapes(model: LanguageModel, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import secateur
+from secateur.attenuation import Attenuation
 from secateur.reports.figures import (
     candidates_figure,
     cost_figure,
@@ -46,7 +47,7 @@ def render_repair(result: RepairResult) -> str:
     """The report of a repair, as HTML."""
     pictures: dict[str, Markup] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
     if result.mask is not None:
-        units = result.mask.units if isinstance(result.mask, Mask) else []
+        units = result.mask.units if isinstance(result.mask, Mask | Attenuation) else []
         removed = [(unit.kind, unit.layer, unit.index) for unit in units]
         rank = None if result.scores is None else result.scores.rank
         pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from secateur.attenuation import Attenuation
 from secateur.evaluation.evaluator import Evaluator
 from secateur.models import LanguageModel
 from secateur.progress import Advance
@@ -21,19 +22,21 @@ CandidateKind = Literal["heads", "neurons", "both", "weights"]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Units to remove, as flat positions, and the knobs that led to them; or single weights instead."""
+    """Units to remove, as flat positions, and the knobs that led to them; or a mask of another kind instead."""
 
     kind: CandidateKind
     removed: np.ndarray
     knobs: dict[str, Any] = field(default_factory=dict)
-    weights: WeightMask | None = None
+    mask: WeightMask | Attenuation | None = None
 
     @classmethod
-    def of_units(cls, removed: np.ndarray, space: UnitSpace, knobs: dict[str, Any]) -> Selection:
+    def of_units(
+        cls, removed: np.ndarray, space: UnitSpace, knobs: dict[str, Any], mask: Attenuation | None = None
+    ) -> Selection:
         """A selection of whatever kinds the units are of."""
         heads = int((removed < space.n_heads).sum())
         kind: CandidateKind = "both" if 0 < heads < len(removed) else "heads" if heads else "neurons"
-        return cls(kind, removed, knobs)
+        return cls(kind, removed, knobs, mask)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ class Problem:
         return Mask.removing(self.model, removed, self.means)
 
     def mask_of(self, selection: Selection) -> AnyMask:
-        """The mask of what a search proposes, of units or of single weights."""
-        return self.mask(selection.removed) if selection.weights is None else selection.weights
+        """The mask of what a search proposes."""
+        return self.mask(selection.removed) if selection.mask is None else selection.mask
 
     def score(self, scorer: Scorer, mask: Mask | None = None, fold: int | None = None) -> Any:
         """Score the model as it is under a mask, on all of fit or on one fold; keep those of the unpruned model."""

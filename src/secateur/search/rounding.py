@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from secateur.attenuation import Attenuation
+from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.base import Settings
 from secateur.scoring.gates import GateScores, GateTraining
@@ -28,6 +30,8 @@ class Rounding(Settings):
     steps: of each such training.
     pool: see rounds.
     polarity: how hard gates are driven to 0 or 1 at its end.
+    soft: keep the closed gates where training left them, between 0 and 1, and drive none: units are turned down
+        instead of removed. What is chosen then leaves as an adapter.
 
     All ours.
     """
@@ -38,12 +42,20 @@ class Rounding(Settings):
     steps: Annotated[int, Field(ge=1)] = 40
     pool: Annotated[int, Field(ge=1)] = 4
     polarity: Annotated[float, Field(ge=0)] = 0.02
+    soft: bool = False
 
     def cheaper(self) -> dict[str, Any]:
         return {"rounds": 1, "steps": 20}
 
     def check(self, model: LanguageModel, scorer: GateTraining, ablation: str) -> None:
-        """Every model will do."""
+        """Refuse to turn units down towards their means.
+
+        Raises
+        ------
+        SettingError: says to use zero ablation.
+        """
+        if self.soft and ablation == "mean":
+            raise SettingError("soft gates turn units down towards zero; use zero ablation, or leave soft out.")
 
     def proposals(self, problem: Problem, scorer: GateTraining) -> Proposals:
         """The lowest gates in growing numbers, then the roundings of further training."""
@@ -53,7 +65,7 @@ class Rounding(Settings):
         best, count = 0, self.start
         least = np.inf
         while count <= len(order):
-            outcome = yield Selection.of_units(order[:count], problem.space, {"count": count})
+            outcome = yield self._selection(problem, scores.gates, order[:count], {"count": count})
             if not outcome.within_limit:
                 break
             if outcome.bias_square < least:
@@ -62,6 +74,15 @@ class Rounding(Settings):
         if len(order):
             yield from self._refined(problem, scorer, scores.gates, order, best or min(self.start, len(order)))
 
+    def _selection(self, problem: Problem, gates: np.ndarray, closed: np.ndarray, knobs: dict[str, Any]) -> Selection:
+        """The units at flat positions ``closed``, to remove or to turn down to their gates."""
+        mask = None
+        if self.soft:
+            kept = np.ones(len(gates), dtype=np.float32)
+            kept[closed] = gates[closed]
+            mask = Attenuation(problem.space, kept, problem.model.fingerprint)
+        return Selection.of_units(closed, problem.space, knobs, mask)
+
     def _refined(
         self, problem: Problem, scorer: GateTraining, gates: np.ndarray, order: np.ndarray, closed: int
     ) -> Proposals:
@@ -69,7 +90,8 @@ class Rounding(Settings):
         free = np.zeros(len(gates), dtype=bool)
         free[order[: self.pool * closed]] = True
         gates = np.where(free, gates, 1.0).astype(np.float32)
-        gates[order[:closed]] = 0
+        if not self.soft:
+            gates[order[:closed]] = 0
         table, damage = problem.fit.evaluate().table, scorer.damage
         for number in range(1, self.rounds + 1):
             with problem.step(f"Train the gates again, round {number}", self.steps) as advance:
@@ -80,12 +102,12 @@ class Rounding(Settings):
                     self.steps,
                     free=free,
                     damage=damage,
-                    polarity=self.polarity,
+                    polarity=0.0 if self.soft else self.polarity,
                     means=problem.means,
                     advance=advance,
                 )
-            removed = np.flatnonzero(gates < OPEN)
-            if not len(removed):
+            closed_now = np.flatnonzero(gates < (1 if self.soft else OPEN))
+            if not len(closed_now):
                 return
-            outcome = yield Selection.of_units(removed, problem.space, {"round": number, "damage": damage})
+            outcome = yield self._selection(problem, gates, closed_now, {"round": number, "damage": damage})
             damage *= 0.5 if outcome.within_limit else 2.0

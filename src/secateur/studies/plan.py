@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.attenuation import Attenuation
 from secateur.errors import MaskError
 from secateur.files import to_json, write_text
 from secateur.models import LanguageModel
@@ -24,7 +25,7 @@ class Plan:
 
     Attributes
     ----------
-    mask: what is removed: units, or single weights.
+    mask: what is removed: units, or single weights; or units that are turned down.
     record: plain data: model, suite and its hash, method, settings, splits, figures.
     """
 
@@ -60,7 +61,10 @@ def _removed(mask: AnyMask) -> dict[str, Any]:
     """What a mask removes, for people: its units one by one, or the number of weights of every module."""
     if isinstance(mask, WeightMask):
         return {"weights": mask.counts}
-    return {"units": [f"{unit.kind} {unit.layer}.{unit.index}" for unit in mask.units]}
+    units = [f"{unit.kind} {unit.layer}.{unit.index}" for unit in mask.units]
+    if isinstance(mask, Attenuation):
+        return {"gates": {name: round(float(mask.gates[at]), 4) for name, at in zip(units, mask.changed, strict=True)}}
+    return {"units": units}
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -83,6 +87,6 @@ def load_plan(path: str | Path) -> Plan:
     mask_name = str(record["mask"])
     if Path(mask_name).name != mask_name:
         raise MaskError(f"The plan '{file}' names a mask outside its own directory.")
-    for key in ("format", "mask", "fingerprint", "ablation", "units", "weights"):
+    for key in ("format", "mask", "fingerprint", "ablation", "units", "weights", "gates"):
         record.pop(key, None)
     return Plan(load_mask(file.parent / mask_name), record)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.attenuation import Attenuation
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
 from secateur.units import Mask
@@ -26,9 +27,11 @@ def write_checkpoint(model: LanguageModel, mask: AnyMask, directory: str | Path)
 
     Raises
     ------
-    MaskError: the mask is for another model, or uses mean ablation in a family whose
-        checkpoints have no bias to carry the means.
+    MaskError: the mask is for another model, uses mean ablation in a family whose checkpoints have no bias
+        to carry the means, or turns units down instead of removing them.
     """
+    if isinstance(mask, Attenuation):
+        raise MaskError("Units that are turned down leave as an adapter; a checkpoint holds removed units alone.")
     if isinstance(mask, WeightMask):
         with mask.applied(model):
             _save(model, dict(model.model.state_dict()), set(), directory)
