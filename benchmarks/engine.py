@@ -1,8 +1,8 @@
 """Print masks per second of the evaluation engine against the naive way, and what each technique is worth.
 
 Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N]``, on the select part of the suite and its
-neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits, one whole pass per
-mask. All ratios are measured in one run; every technique is then switched off alone. Where the processor multiplies
+neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits, one whole pass
+per mask. All ratios are measured in one run; every technique is then switched off alone. Where the processor multiplies
 bfloat16 in hardware, the products of fp32 matrices are also taken in it.
 """
 

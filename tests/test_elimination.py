@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 
 import numpy as np
@@ -175,7 +175,7 @@ def proposals(search: Elimination, within: Callable[[Selection], bool]) -> list[
 
 @pytest.mark.usefixtures("one_thread")
 def test_heads_and_neurons_alone_come_first_then_every_third_round() -> None:
-    found = proposals(Elimination(max_heads=2, max_neurons=4, rounds=4), lambda selection: True)
+    found = proposals(Elimination(max_heads=1, max_neurons=4, rounds=4), lambda selection: True)
     assert [selection.kind for selection in found[:2]] == ["heads", "neurons"]
     rounds = [selection.knobs["rounds"] for selection in found[2:]]
     assert rounds == sorted(rounds)
@@ -200,6 +200,38 @@ def test_rounds_before_are_tried_where_the_last_breaks_the_limit() -> None:
     assert numbers == sorted(numbers, reverse=True)
     assert numbers[-1] == 1
     assert numbers == list(range(numbers[0], 0, -1))
+
+
+class Steps(Elimination):
+    """Rounds that remove one unit each."""
+
+    def _path(self, problem: Problem, scorer: Attribution, scores: Effects) -> Iterator[np.ndarray]:
+        for number in range(self.rounds + self.more_rounds):
+            yield np.arange(number + 1)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "numbers"),
+    [
+        ({6: (0.5, 0.001), 9: (0.4, 0.001), 12: (0.3, 0.001)}, [3, 6, 9, 12]),  # as many as there may be
+        ({6: (0.5, 0.001), 9: (0.6, 0.001)}, [3, 6, 9]),  # no better any more
+        ({6: (1.0, 0.001)}, [3, 6]),  # no better than three rounds were
+        ({6: (0.5, 0.011)}, [3, 6]),  # too little of the limit is left
+        ({6: (0.5, 0.001), 9: (0.4, 0.03)}, [3, 6, 9, 8]),  # beyond the limit
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_rounds_go_on_while_they_help_and_there_is_room(
+    outcomes: dict[int, tuple[float, float]], numbers: list[int]
+) -> None:
+    problem = Problem(model_of(), fit_of(), [fit_of()], lambda name, total: nullcontext(lambda done: None))
+    running = Steps(max_heads=0, max_neurons=0).proposals(problem, Attribution())
+    found = [next(running).knobs["rounds"]]
+    with suppress(StopIteration):
+        while True:
+            bias, increase = outcomes.get(found[-1], (1.0, 0.001))
+            found.append(running.send(Outcome(bias, increase, increase < 0.02)).knobs["rounds"])
+    assert found == numbers
 
 
 def test_a_search_without_candidates_is_refused() -> None:

@@ -37,6 +37,8 @@ class Elimination(Settings):
     ----------
     max_heads, max_neurons: the largest counts when heads or neurons are removed alone.
     rounds: of removing heads and neurons together.
+    more_rounds: after these, three by three, as long as the last three lowered the bias on select and all of them
+        took less than half of the utility limit.
     memory: weight of the mean effects of the rounds before, that of the round itself being 1. A round
         scores a few scenarios only, and what helps those alone would otherwise be taken for what helps all.
     """
@@ -44,6 +46,7 @@ class Elimination(Settings):
     max_heads: Annotated[int, Field(ge=0)] = 4
     max_neurons: Annotated[int, Field(ge=0)] = 64
     rounds: Annotated[int, Field(ge=0)] = 6
+    more_rounds: Annotated[int, Field(ge=0)] = 6
     memory: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def model_post_init(self, context: object) -> None:
@@ -70,6 +73,7 @@ class Elimination(Settings):
         Where it breaks the utility limit, the rounds before are proposed, the last first, until one keeps to it.
         """
         unseen: list[Selection] = []
+        last, least = self.rounds, np.inf
         for number, removed in enumerate(self._path(problem, scorer, scores), start=1):
             unseen.append(Selection("both", removed, {"rounds": number}))
             if number % MEASURED_ROUNDS == 0:
@@ -78,6 +82,12 @@ class Elimination(Settings):
                     unseen.pop()
                     break
                 unseen.clear()
+                room = outcome.bias_square < least and outcome.perplexity_increase < problem.limit / 2
+                if number == last and room:
+                    last = min(last + MEASURED_ROUNDS, self.rounds + self.more_rounds)
+                least = min(least, outcome.bias_square)
+            if number == last:
+                break
         for selection in reversed(unseen):
             outcome = yield selection
             if outcome.within_limit:
@@ -90,7 +100,7 @@ class Elimination(Settings):
         divergence = Divergence(problem.model, text)
         trial = Trial(scores.damage, lambda units: divergence.of(problem.mask(units)))
         seen: Effects | None = None
-        for number in range(self.rounds):
+        for number in range(self.rounds + self.more_rounds if self.rounds else 0):
             mask = problem.mask(trial.removed)
             if number > 0:
                 scores = problem.score(scorer, mask, number)
