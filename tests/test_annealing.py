@@ -27,7 +27,6 @@ from secateur.search.chains import Annealed, Energy, _temperature, anneal
 from secateur.search.methods import method
 from secateur.units import Mask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 UNITS = LAYERS * HEADS
 
 

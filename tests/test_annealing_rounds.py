@@ -22,7 +22,6 @@ from secateur.search.base import Outcome, Problem
 from secateur.search.chains import draw_states
 from secateur.units import Mask, UnitSpace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Annealing(evaluations=24, rounds=2, heads=4, neurons=30, block=8, chains=16, steps=40, markers=2, windows=1)
 
 

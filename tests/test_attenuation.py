@@ -23,7 +23,6 @@ from secateur.surgery import write_adapter, write_checkpoint
 from secateur.units import Mask, UnitSpace
 from secateur.weights import WeightMask, linear_layers, load_mask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(12)[None] + 40
 
 

@@ -19,8 +19,6 @@ from tiny import tiny_model
 import secateur
 from secateur.suites import suite_names
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

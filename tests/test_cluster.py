@@ -22,8 +22,6 @@ from secateur.measures.utility import cut
 from secateur.models import LanguageModel
 from secateur.units import ActivationMeans, Mask, UnitSpace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:

@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from command import Command, save_model, write_suite, write_text
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def repair(call: Command, directory: Path, name: str, *options: str) -> dict[str, Any]:

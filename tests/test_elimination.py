@@ -173,7 +173,6 @@ def proposals(search: Elimination, within: Callable[[Selection], bool]) -> list[
         return found
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_heads_and_neurons_alone_come_first_then_every_third_round() -> None:
     found = proposals(Elimination(max_heads=1, max_neurons=4, rounds=4), lambda selection: True)
     assert [selection.kind for selection in found[:2]] == ["heads", "neurons"]
@@ -184,7 +183,6 @@ def test_heads_and_neurons_alone_come_first_then_every_third_round() -> None:
     assert all(one < other for one, other in pairwise(sets))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_fewer_units_are_tried_where_more_break_the_limit() -> None:
     found = proposals(Elimination(max_heads=4, max_neurons=16, rounds=0), lambda selection: False)
     heads = [len(selection.removed) for selection in found if selection.kind == "heads"]
@@ -193,7 +191,6 @@ def test_fewer_units_are_tried_where_more_break_the_limit() -> None:
     assert heads in ([4, 1], [1])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_rounds_before_are_tried_where_the_last_breaks_the_limit() -> None:
     search = Elimination(max_heads=0, max_neurons=0, rounds=3)
     numbers = [s.knobs["rounds"] for s in proposals(search, lambda selection: False)]
@@ -220,7 +217,6 @@ class Steps(Elimination):
         ({6: (0.5, 0.001), 9: (0.4, 0.03)}, [3, 6, 9, 8]),  # beyond the limit
     ],
 )
-@pytest.mark.usefixtures("one_thread")
 def test_rounds_go_on_while_they_help_and_there_is_room(
     outcomes: dict[int, tuple[float, float]], numbers: list[int]
 ) -> None:

@@ -23,7 +23,6 @@ from secateur.scoring.magnitude import neuron_importance
 from secateur.suites import Suite
 from secateur.units import Mask, UnitSpace, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # Packed in trees; in rows because of its local layers, its window or its position bias; with a flat MLP.
 FAMILIES = ["llama", "gpt2", "gpt_neo", "mistral-windowed", "falcon-alibi", "opt", "phi3"]
 TEXT = "A lighthouse is a tower built to carry a bright lamp above the sea. " * 3

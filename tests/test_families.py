@@ -25,8 +25,6 @@ WITHOUT_GQA = ("gpt2", "gpt_neo", "gpt_neox", "opt", "falcon")
 UNITS = (Unit("head", 0, 2), Unit("head", 1, 0), Unit("neuron", 0, 17), Unit("neuron", 1, 47))
 STEP = 2.0**-7  # exact in float32, so that finite differences lose nothing to rounding of the gate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:

@@ -26,7 +26,6 @@ from secateur.search.base import Outcome
 from secateur.search.protected import Protected, protected_selection
 from secateur.units import Mask, UnitSpace, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fasp-reference"
 ALL = Fasp(seeds=1, markers=3, scenarios=50, windows=50)
 

@@ -21,7 +21,6 @@ from secateur.search.methods import method
 from secateur.search.rounding import Rounding
 from secateur.units import Mask, UnitSpace
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = GateTraining(gate_steps=3, prompts=6)
 
 

@@ -22,7 +22,6 @@ from secateur.scoring.random import Random
 from secateur.search.methods import method
 from secateur.units import Gates, Mask, UnitSpace, gated, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = ("gpt2", "gpt_neo", "gpt_neox", "opt", "falcon")
 GATED = ("llama", "qwen3", "gemma2", "phi3")
 # Those whose heads do not share a norm over all queries, as OLMo 2's do.

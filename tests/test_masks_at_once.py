@@ -16,8 +16,6 @@ from secateur.evaluation import Evaluator, evaluator
 from secateur.evaluation.evaluator import Measurement
 from secateur.units import Mask, UnitSpace, masked_each
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def evaluator_of(name: str = "llama", **options: Any) -> Evaluator:
     return Evaluator(model_of(name), prompts_of(name), text_of(name), 5, **options)

@@ -25,7 +25,6 @@ from secateur.search.difference import SetDifference, set_difference
 from secateur.suites import Suite
 from secateur.units import UnitSpace, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = [word for words in SUITE.groups.values() for word in words]
 
 

@@ -23,7 +23,6 @@ from secateur.models.families import attention_window
 from secateur.suites import LikelihoodPair, Preference, Quantity, Suite
 from secateur.units import Gates, gated
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 PREFERENCE = {
     "id": "preference",

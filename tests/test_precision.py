@@ -12,8 +12,6 @@ from tiny import prompts, tiny_model
 from secateur.scoring.attribution import Attribution
 from secateur.units import Mask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def reset() -> Iterator[None]:

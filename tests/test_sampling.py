@@ -20,8 +20,6 @@ from secateur.measures.sampling import SampledAmounts, check_sampling, parse_amo
 from secateur.measures.splits import whole
 from secateur.suites import Suite, load_suite
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small() -> Suite:
     with tempfile.TemporaryDirectory() as directory:

@@ -33,7 +33,6 @@ from secateur.scoring.attribution import (
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "A lighthouse is a tower built to carry a bright lamp above the sea. " * 3
 SUITE = Suite.model_validate(
     {

@@ -20,7 +20,6 @@ from secateur.evaluation.store import Store
 from secateur.units import Mask
 
 MODEL = "fingerprint"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

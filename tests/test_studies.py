@@ -28,8 +28,6 @@ from secateur.studies.parts import folds
 from secateur.studies.verdict import judge
 from secateur.suites import load_suite
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PASSING, FAILING = 2, 3  # seeds of tiny models: a repair of the small suite finds something, or nothing
 INTERVAL = {"value", "low", "high"}
 ATTACK = "</script><script>alert(1)</script>"

@@ -20,8 +20,6 @@ from secateur.models import LanguageModel
 from secateur.surgery import check_ablation_fits, write_checkpoint
 from secateur.units import ActivationMeans, Mask, Unit, UnitSpace, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNITS = (Unit("head", 0, 1), Unit("head", 1, 3), Unit("neuron", 0, 5), Unit("neuron", 0, 40), Unit("neuron", 1, 0))
 HEAD, NEURON = UNITS[0], UNITS[2]
 BIASED = ("llama", "llama-mqa", "llama-tied", "llama-biased", "granite", "smollm3", "falcon-multihead")

@@ -24,7 +24,6 @@ from secateur.models import LanguageModel
 from secateur.studies.plan import Plan, load_plan
 from secateur.units import ActivationMeans, Mask, Unit, UnitSpace, check_ablation, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HEAD_DIM = 3
 
 

@@ -39,7 +39,6 @@ from secateur.models import LanguageModel
 from secateur.suites import Suite
 from secateur.units import Mask, Unit, masked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "A lighthouse is a tower built to carry a bright lamp above the sea. " * 3
 
 

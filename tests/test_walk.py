@@ -16,7 +16,6 @@ from secateur.evaluation.walk import Walk, first_difference
 from secateur.units import Mask, UnitSpace
 from secateur.weights import WeightMask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLENTY = 1 << 30
 
 

@@ -27,7 +27,6 @@ from secateur.suites import Suite
 from secateur.units import Mask, UnitSpace, masked
 from secateur.weights import linear_layers, weight_matrix
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SUITE = Suite.model_validate(
     {
         "name": "small",

@@ -22,8 +22,6 @@ from secateur.surgery import write_checkpoint
 from secateur.units import HEADER, Mask, masked
 from secateur.weights import WEIGHT_MASK_FORMAT, WeightMask, linear_layers, load_mask, weight_matrix
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def some_weights(model: LanguageModel, share: float = 0.1, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)

@@ -141,6 +141,8 @@ class Annealing(Settings):
                 if count < 1:
                     continue
                 states = self._promising(survey, self.race * count, number)
+                if not states:  # all there is near the best is known
+                    break
                 survey.measure(survey.winners(states, count), advance)
         for found in survey.front()[: self.finalists]:
             removed = survey.units_of(found.state)
