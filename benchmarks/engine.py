@@ -1,9 +1,9 @@
 """Print masks per second of the evaluation engine against the naive way, and what each technique is worth.
 
-Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N]``, on the select part of the suite and its
-neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits, one whole pass
-per mask. All ratios are measured in one run; every technique is then switched off alone. Where the processor multiplies
-bfloat16 in hardware, the products of fp32 matrices are also taken in it.
+Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N]``, on the select part of the suite and
+its neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits, one whole
+pass per mask. All ratios are measured in one run; every technique is then switched off alone. Where the processor
+multiplies bfloat16 in hardware, the products of fp32 matrices are also taken in it.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def naive(model: secateur.LanguageModel, prompts: PromptSet, text: NeutralText, 
             ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in part])
             there = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
             logits = model.model(input_ids=ids, attention_mask=there, use_cache=False).logits.log_softmax(-1)
-            for row, one in zip(part, logits, strict=True):
+            for row, of_row in zip(part, logits, strict=True):
                 for number, which, answer in wanted[row]:
                     at = torch.arange(len(row) - len(answer), len(row))
-                    found[number][which] = one[at, torch.tensor(answer)].sum()
+                    found[number][which] = of_row[at, torch.tensor(answer)].sum()
         loss = 0.0
         for numbers in text.batches():
             ids = torch.stack([text.windows[n].tokens for n in numbers])
@@ -68,8 +68,8 @@ def naive(model: secateur.LanguageModel, prompts: PromptSet, text: NeutralText, 
     y = []
     for prompt, answers in zip(prompts.prompts, found, strict=True):
         measure: Any = prompts.suite.scenarios[prompt.scenario].measure
-        row = torch.stack([answers[which] for which in range(len(prompt.answers))])
-        y.append(float(MEASURES[type(measure)](measure, row[None])[0]))
+        values = torch.stack([answers[which] for which in range(len(prompt.answers))])
+        y.append(float(MEASURES[type(measure)](measure, values[None])[0]))
     return np.array(y), loss / float(text.scored.sum())
 
 

@@ -1,10 +1,11 @@
 """Print the held-out hypervolume (bias, perplexity) that four searches reach with the same number of evaluations.
 
-Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--store FILE]``. Every search
-measures that many masks on the same draw of the fit part (``fasp`` one mask per head, and proposes as many of its
-settings as are left). What it then proposes is measured on select, and those that no other proposal of the search
-dominates there are measured on test. The hypervolume is what these dominate in the rectangle from no bias and no cost to
-the unpruned model's bias and the worst perplexity that counts, as a share of it. A store lets a run that was stopped go on.
+Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--store FILE]``. Every
+search measures that many masks on the same draw of the fit part (``fasp`` one mask per head, and proposes as many of
+its settings as are left). What it then proposes is measured on select, and those that no other proposal of the search
+dominates there are measured on test. The hypervolume is what these dominate in the rectangle from no bias and no cost
+to the unpruned model's bias and the worst perplexity that counts, as a share of it. A store lets a run that was
+stopped go on.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def quietly(name: str, total: int) -> Iterator[Advance]:
 def proposed(problem: Problem, name: str, options: dict[str, Any], seed: int) -> list[Selection]:
     """What a method proposes when every proposal keeps to the limit, so that all are seen."""
     chosen = method(name, options).seeded(seed)
-    proposals, found = chosen.search.proposals(problem, chosen.scorer), []
+    proposals = chosen.search.proposals(problem, chosen.scorer)
+    found: list[Selection] = []
     try:
         selection = next(proposals)
         while len(found) < PROPOSALS:
@@ -159,9 +161,9 @@ def main() -> None:
                 default=None,
             )
             print(
-                f"  {name:<18} hypervolume {volumes[name][-1]:.3f}  {len(masks):3} proposals, {len(points):2} on the front; "
-                f"{tokens:>10,} tokens forward, {searched:6.0f} s; least B within the limit on test "
-                f"{'-' if best is None else f'{best.bias:.2f} at {best.increase:+.1%}'}",
+                f"  {name:<18} hypervolume {volumes[name][-1]:.3f}  {len(masks):3} proposals, "
+                f"{len(points):2} on the front; {tokens:>10,} tokens forward, {searched:6.0f} s; "
+                f"least B within the limit {'-' if best is None else f'{best.bias:.2f} at {best.increase:+.1%}'}",
                 flush=True,
             )
     for name, found in volumes.items():

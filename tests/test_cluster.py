@@ -15,7 +15,7 @@ from tiny import tiny_model
 import secateur
 from secateur.errors import ClusterError
 from secateur.evaluation import Evaluator
-from secateur.evaluation.cluster import Cluster, check_address
+from secateur.evaluation.cluster import Cluster, check_address, division
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import whole
 from secateur.measures.utility import cut
@@ -110,6 +110,33 @@ def test_actors_that_die_for_ever_are_given_up(
             list(cluster.measure(evaluator(model), masks, False))
     cluster.actors, cluster.replaced = [cluster._begin(), cluster._begin()], 0
     assert len(list(cluster.measure(evaluator(model), masks, False))) == 2
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "expected"),
+    [
+        ({"CPU": 6.0}, 0, (6, 0)),
+        ({}, 0, (1, 0)),
+        ({"CPU": 64.0, "GPU": 8.0}, 0, (8, 1)),  # loaded on a CPU here
+        ({"CPU": 64.0, "GPU": 8.0}, 1, (8, 1)),
+        ({"CPU": 64.0, "GPU": 8.0}, 3, (2, 3)),
+        ({"CPU": 64.0, "GPU": 2.0}, 4, (0, 4)),
+        ({"CPU": 64.0}, 2, (0, 2)),
+    ],
+)
+def test_every_actor_gets_the_gpus_that_the_model_takes(
+    resources: dict[str, float], gpus: int, expected: tuple[int, int]
+) -> None:
+    assert division(resources, gpus) == expected
+
+
+def test_a_cluster_too_small_for_the_model_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.evaluation.cluster.division", lambda *_: (0, 4))
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with pytest.raises(ClusterError, match=r"^The model takes 4 GPUs, more than the cluster 'auto' has"):
+        Cluster.start("auto", model)
 
 
 def test_a_model_that_no_actor_can_load_is_refused(model: LanguageModel) -> None:

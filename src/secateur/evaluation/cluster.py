@@ -89,13 +89,13 @@ class Cluster:
     Attributes
     ----------
     ray: the module. model: the model here.
-    actors: those that run.
+    actors: those that run. gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
     """
 
     ray: Any
     model: LanguageModel
     actors: list[Actor]
-    gpus: bool
+    gpus: int
     replaced: int = 0
     _parts: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +106,8 @@ class Cluster:
         Parameters
         ----------
         address: "auto" for this machine, with an actor for every GPU, or for every core where there is none;
-            "local:N" for N actors on this machine; or the address of a running Ray cluster.
+            "local:N" for N actors on this machine; or the address of a running Ray cluster. A model that is spread
+            over several GPUs here takes as many for each actor.
         model: was loaded by name, so that actors can load it, too.
 
         Raises
@@ -125,12 +126,13 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({reason})") from error
-        resources = ray.cluster_resources()
-        gpus = asked is None and int(resources.get("GPU", 0)) > 0
-        count = asked if asked is not None else int(resources.get("GPU" if gpus else "CPU", 1))
+        count, gpus = (asked, 0) if asked is not None else division(ray.cluster_resources(), gpus_of(model))
+        if count < 1:
+            ray.shutdown()
+            raise ClusterError(f"The model takes {gpus} GPUs, more than the cluster '{address}' has; use a larger one.")
         cluster = cls(ray, model, [], gpus)
         try:
-            cluster.actors = [cluster._begin() for _ in range(max(1, count))]
+            cluster.actors = [cluster._begin() for _ in range(count)]
             ray.get([actor.handle.__ray_ready__.remote() for actor in cluster.actors])
         except Exception as error:
             cluster.close()
@@ -184,7 +186,7 @@ class Cluster:
         self.close()
 
     def _begin(self) -> Actor:
-        options = {"num_gpus": 1} if self.gpus else {"num_cpus": 1}
+        options = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": 1}
         worker = self.ray.remote(**options)(Worker)
         return Actor(worker.remote(self.model.loaded_with, self.model.fingerprint))
 
@@ -208,6 +210,24 @@ class Cluster:
             actor.handle.prepare.remote(name, self._parts[name])
             actor.prepared.add(name)
         return name
+
+
+def gpus_of(model: LanguageModel) -> int:
+    """GPUs that a model is spread over; 0 on a CPU."""
+    return len({parameter.device for parameter in model.model.parameters() if parameter.device.type == "cuda"})
+
+
+def division(resources: dict[str, float], gpus: int) -> tuple[int, int]:
+    """How many actors a cluster holds, and the GPUs of each: as many as the model takes here, one for a model on a CPU.
+
+    Parameters
+    ----------
+    resources: what Ray says that there is. gpus: that the model takes here.
+    """
+    there = int(resources.get("GPU", 0))
+    if there == 0 and gpus == 0:
+        return max(1, int(resources.get("CPU", 1))), 0
+    return there // max(1, gpus), max(1, gpus)
 
 
 def check_address(address: str | None) -> None:
