@@ -235,10 +235,11 @@ def disparity_of(y: Tensor, prompt_set: PromptSet) -> Tensor:
             own = [i for i, p in enumerate(prompt_set.prompts) if (p.scenario, p.marker) == (scenario, marker)]
             by_marker.append(y[own].mean())
         values = torch.stack(by_marker)
+        members = [values[torch.from_numpy(groups == group)] for group in range(groups.max() + 1)]
+        variance = torch.stack([member.var() for member in members]).mean()
         for a in range(groups.max() + 1):
             for b in range(a + 1, groups.max() + 1):
-                one, other = values[torch.from_numpy(groups == a)], values[torch.from_numpy(groups == b)]
-                squares.append((one.mean() - other.mean()) ** 2 / ((one.var() + other.var()) / 2))
+                squares.append((members[a].mean() - members[b].mean()) ** 2 / variance)
     return torch.stack(squares).mean().sqrt()
 
 

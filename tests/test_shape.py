@@ -10,7 +10,7 @@ import secateur
 ORDER = (
     ("errors", "files", "progress"),
     ("models",),
-    ("suites", "units", "weights"),
+    ("suites", "units", "attenuation", "weights"),
     ("measures",),
     ("evaluation",),
     ("scoring",),

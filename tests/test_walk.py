@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from test_scoring import means_of, model_of, prompts_of, text_of
 from tiny import HEADS, LAYERS, NAMES
 
+from secateur.attenuation import Attenuation
 from secateur.evaluation import Evaluator
 from secateur.evaluation.walk import Walk, first_difference
+from secateur.models import LanguageModel
 from secateur.units import Mask, UnitSpace
-from secateur.weights import WeightMask
+from secateur.weights import AnyMask, WeightMask, linear_layers, weight_matrix
 
 PLENTY = 1 << 30
 
@@ -86,11 +89,28 @@ def test_a_failed_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(walk.evaluate(last).table.y, plain.evaluate(last).table.y, atol=1e-5)
 
 
-def test_weight_masks_take_whole_passes() -> None:
+def weight_mask(model: LanguageModel) -> WeightMask:
+    name, module = next(iter(linear_layers(model).items()))
+    return WeightMask.removing(model, {name: np.ones(tuple(weight_matrix(module).shape), dtype=bool)})
+
+
+def attenuation(model: LanguageModel) -> Attenuation:
+    space = UnitSpace.of(model)
+    return Attenuation(space, np.linspace(0, 1, len(space)), model.fingerprint)
+
+
+@pytest.mark.parametrize("other", [weight_mask, attenuation])
+def test_masks_of_other_kinds_take_whole_passes(other: Callable[[LanguageModel], AnyMask]) -> None:
     model, walk, plain = model_of(), evaluator(keep_bytes=PLENTY), evaluator()
-    mask = WeightMask.removing(model, {})
-    walk.evaluate(Mask.removing(model, [0]))
-    np.testing.assert_allclose(walk.evaluate(mask).table.y, plain.evaluate(mask).table.y, atol=1e-5)
+    first, mask, last = Mask.removing(model, [0]), other(model), Mask.removing(model, [HEADS])
+    walk.evaluate(first)
+    before, unpruned = model.usage.forward, plain.evaluate().table.y
+    whole = model.usage.forward - before
+    found = walk.evaluate(mask).table.y
+    assert model.usage.forward - before == 2 * whole
+    np.testing.assert_allclose(found, plain.evaluate(mask).table.y, atol=1e-5)
+    assert np.abs(found - unpruned).max() > 1e-3
+    np.testing.assert_allclose(walk.evaluate(last).table.y, plain.evaluate(last).table.y, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
