@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import secateur
 from secateur.evaluation import Evaluator
 from secateur.evaluation.racing import Race
+from secateur.evaluation.walk import walking_order
 from secateur.measures.answers import MEASURES
 from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import split
@@ -143,11 +144,13 @@ class Bench:
 
 def unrelated_masks(bench: Bench, masks: Sequence[Mask]) -> float:
     print(f"\nunrelated random masks of {RANDOM_HEADS} heads")
-    whole = bench.report("engine", masks)
+    whole = bench.report("engine", [masks[number] for number in walking_order(masks)], keep_bytes=KEPT)
+    plain = bench.report("  without restarts", masks)
+    print(f"    order and restarts: {whole / plain:.2f} x")
     bench.report("  with several masks in one pass (4)", masks, masks_at_once=4)
     for name, switch in (("shared prefixes", "share_prefixes"), ("head where read", "logits_where_read")):
-        without = bench.report(f"  without {name}", masks, **{switch: False})
-        print(f"    {name}: {whole / without:.2f} x")
+        without = bench.report(f"  without restarts and {name}", masks, **{switch: False})
+        print(f"    {name}: {plain / without:.2f} x")
     return whole
 
 

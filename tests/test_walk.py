@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny import HEADS, LAYERS, NAMES
 
 from secateur.attenuation import Attenuation
 from secateur.evaluation import Evaluator
-from secateur.evaluation.walk import Walk, first_difference
+from secateur.evaluation.walk import Walk, first_difference, walking_order
 from secateur.models import LanguageModel
 from secateur.units import Mask, UnitSpace
 from secateur.weights import AnyMask, WeightMask, linear_layers, weight_matrix
@@ -121,3 +122,19 @@ def test_first_difference_is_the_layer_of_the_first_head_that_differs(one: set[i
     differ = one ^ other
     expected = min((head // HEADS for head in differ), default=LAYERS - 1)
     assert first_difference(masks[0], masks[1], LAYERS) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sets(st.integers(0, LAYERS * HEADS - 1)), max_size=12))
+def test_the_walking_order_restarts_latest(sets: list[set[int]]) -> None:
+    model = model_of()
+    masks = [Mask.removing(model, sorted(removed)) for removed in sets]
+    order = walking_order(masks)
+    assert sorted(order) == list(range(len(masks)))
+
+    def restarts(numbers: list[int]) -> int:
+        pairs = pairwise(masks[number] for number in numbers)
+        return sum(first_difference(one, other, LAYERS) for one, other in pairs)
+
+    shuffled = np.random.default_rng(len(sets)).permutation(len(masks)).tolist()
+    assert restarts(order) >= restarts(shuffled)

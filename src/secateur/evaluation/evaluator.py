@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -73,6 +73,7 @@ class Evaluator:
     store: keeps every figure for other processes and later runs, or None.
     keep_bytes: memory for what entered the layers under the mask before, so that the next mask begins
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
+    walk_bytes: memory for the same in evaluators that are made from this one to walk, see :meth:`on`.
     masks_at_once: masks in one forward pass, each with its own rows, where many are measured. Worth it where a pass
         is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``.
     share_prefixes: compute prompts that begin alike, and the answers to one prompt, in one tree of tokens.
@@ -88,6 +89,7 @@ class Evaluator:
     divergence: bool = False
     store: Store | None = None
     keep_bytes: int = 0
+    walk_bytes: int = 0
     masks_at_once: int = 1
     share_prefixes: bool = True
     logits_where_read: bool = True
@@ -95,9 +97,15 @@ class Evaluator:
     _known: dict[bytes, dict[str, np.ndarray]] = field(init=False, default_factory=dict)
     _unpruned: list[Tensor] = field(init=False, default_factory=list)
 
-    def on(self, prompts: PromptSet, text: NeutralText | None, **changes: Any) -> Evaluator:
-        """An evaluator that measures in the same way on other data."""
-        return replace(self, prompts=prompts, text=text, divergence=False, **changes)
+    def on(self, prompts: PromptSet, text: NeutralText | None, *, walk: bool = False) -> Evaluator:
+        """An evaluator that measures in the same way on other data.
+
+        Parameters
+        ----------
+        walk: keep states between masks, as far as ``walk_bytes`` go.
+        """
+        kept = self.walk_bytes if walk else 0
+        return replace(self, prompts=prompts, text=text, divergence=False, keep_bytes=kept)
 
     @cached_property
     def part(self) -> str:

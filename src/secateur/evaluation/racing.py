@@ -36,7 +36,7 @@ class Race:
         text = whole.text
         if text is not None:
             text = text.first(max(1, round(part * len(text.windows))))
-        first = whole.on(prompts, text, keep_bytes=0)
+        first = whole.on(prompts, text)
         return cls(first, _tokens(first) / _tokens(whole))
 
     def winners(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -61,6 +61,22 @@ class Walk:
             result = forward()
         self._entries[batch], self._masks[batch] = entries, mask
         return result
+
+
+def walking_order(masks: Sequence[AnyMask]) -> list[int]:
+    """An order, as positions, in which masks that do the same in the first layers follow one another."""
+
+    def layers(mask: AnyMask) -> bytes:
+        if not isinstance(mask, Mask):
+            return b""
+        space, keep = mask.space, mask.keep
+        return b"".join(
+            keep[space.head_slice(layer)].tobytes() + keep[space.neuron_slice(layer)].tobytes()
+            for layer in range(space.n_layers)
+        )
+
+    keys = [layers(mask) for mask in masks]
+    return sorted(range(len(masks)), key=keys.__getitem__)
 
 
 def first_difference(one: Mask | None, other: Mask | None, layers: int) -> int:

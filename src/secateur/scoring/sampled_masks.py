@@ -24,6 +24,7 @@ from pydantic import Field
 
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
+from secateur.evaluation.walk import walking_order
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
 from secateur.progress import Advance
@@ -150,6 +151,8 @@ class SampledMasks(Settings):
         generator = torch.Generator().manual_seed(self.seed)
         states = draw_states(space.n_heads, bounds, self.evaluations, generator).numpy()
         drawn = [Mask.removing(model, np.flatnonzero(state), means) for state in states]
+        order = walking_order(drawn)
+        states, drawn = states[order], [drawn[number] for number in order]
         masks = drawn if mask is None else [mask & one for one in drawn]
         bias, log_perplexity = np.full(len(masks), np.nan), np.full(len(masks), np.nan)
         for number, found in enumerate(part.evaluate_each(masks, advance, utility=True)):
@@ -175,4 +178,4 @@ class SampledMasks(Settings):
         assert fit.text is not None, "attention-pruning needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, self.markers, None, self.seed).of(fit.prompts)
         text = fit.text.first(self.windows)
-        return fit.on(prompts, text)
+        return fit.on(prompts, text, walk=True)

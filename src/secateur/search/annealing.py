@@ -21,6 +21,7 @@ from torch import Tensor
 
 from secateur.evaluation.evaluator import Evaluator, Measurement
 from secateur.evaluation.racing import Race
+from secateur.evaluation.walk import walking_order
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
 from secateur.progress import Advance
@@ -213,7 +214,7 @@ class Survey:
         assert fit.text is not None, "annealing needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, settings.markers, None, settings.seed).of(fit.prompts)
         text = fit.text.first(settings.windows)
-        part = fit.on(prompts, text, keep_bytes=problem.keep_bytes)
+        part = fit.on(prompts, text, walk=True)
         race = Race.on(part, settings.seed)
         return cls(problem, part, items, float(np.log1p(problem.limit)), float(np.log(part.perplexity())), race)
 
@@ -246,9 +247,11 @@ class Survey:
         new = {state.tobytes(): state for state in states if state.tobytes() not in self.asked}
         self.asked.update(new)
         self.spent += len(new)
-        masks = [self.problem.mask(self.units_of(state)) for state in new.values()]
+        drawn, all_masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
+        order = walking_order(all_masks)
+        masks = [all_masks[number] for number in order]
         measured = self.part.evaluate_each(masks, utility=True)
-        for state, mask, found in zip(new.values(), masks, measured, strict=True):
+        for state, mask, found in zip([drawn[number] for number in order], masks, measured, strict=True):
             if found is not None:
                 increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
                 self.found.append(Measured(state, disparity(found.table), increase, len(mask.removed)))

@@ -68,7 +68,6 @@ class Problem:
     folds: the same, the prompts dealt into folds of scenarios.
     step: opens a step of the run's progress. status: says what the running step has reached.
     means: for mean ablation.
-    keep_bytes: memory for hidden states that a search may keep between masks; 0 for none.
     limit: the utility limit, relative; select and test, not the search, decide whether a mask keeps to it.
     scores: of the unpruned model, once they are known.
     localise_tokens: tokens that were forwarded to score units, the rounds of a search included.
@@ -80,7 +79,6 @@ class Problem:
     step: Callable[[str, int], AbstractContextManager[Advance]]
     means: ActivationMeans | None = None
     limit: float = 0.02
-    keep_bytes: int = 0
     status: Callable[[str], None] = lambda _: None
     scores: Scores | None = None
     localise_tokens: int = 0

@@ -132,6 +132,7 @@ class Parts:
                 settings.batch_size,
                 divergence,
                 store,
+                walk_bytes=settings.kept_mib << 20,
                 masks_at_once=settings.masks_at_once,
                 cluster=cluster,
             )
@@ -179,7 +180,6 @@ class Parts:
             recorder.step,
             means,
             settings.max_perplexity_increase,
-            settings.kept_mib << 20,
             recorder.progress.status,
         )
 
