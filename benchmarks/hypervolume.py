@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import secateur
+from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import corrected_square
 from secateur.progress import Advance
@@ -48,6 +49,8 @@ class Point:
 
 def hypervolume(points: list[Point], worst: Point) -> float:
     """Share of the rectangle up to ``worst`` that points dominate; an increase below 0 counts as 0."""
+    if worst.bias <= 0:
+        return float("nan")
     inside = sorted(
         (max(0.0, p.increase), p.bias) for p in points if p.bias < worst.bias and p.increase < worst.increase
     )
@@ -96,7 +99,10 @@ def held_out(parts: Parts, masks: list[AnyMask], seed: int) -> list[Point]:
     """On test, the masks that no other dominates on select."""
 
     def point(evaluator: Any, mask: AnyMask) -> Point:
-        found = evaluator.evaluate(mask, utility=True)
+        try:
+            found = evaluator.evaluate(mask, utility=True)
+        except NumericalError:
+            return Point(float("inf"), float("inf"))
         bias = max(0.0, corrected_square(found.table, seed)) ** 0.5
         return Point(bias, evaluator.perplexity(mask) / evaluator.perplexity() - 1)
 

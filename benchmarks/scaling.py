@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 import secateur
 from secateur.evaluation import Evaluator
@@ -42,9 +42,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def without_numbers(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A model that has shapes and no numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 @torch.no_grad()
 def operations(model: Any, engine: Evaluator) -> int:
-    """Floating-point operations of one mask: prompts, text, and the output head where it is read."""
+    """Floating-point operations of one mask: prompts, text, and the output head where it is read.
+
+    Parameters
+    ----------
+    model: without numbers.
+    """
     body, head = model.base_model, model.get_output_embeddings()
     width, vocabulary = model.config.hidden_size, model.config.vocab_size
     with FlopCounterMode(display=False) as counter:
@@ -89,8 +100,7 @@ def main() -> None:
     read = sum(len(window.tokens) for window in engine.text.windows)
     print(f"{suite.name}, select: {len(prompts)} prompts in {asked:,} tokens, {read:,} tokens of text")
     for name, shape in MODELS.items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+        model = without_numbers(LlamaConfig(**shape))
         weights = sum(parameter.numel() for parameter in model.parameters())
         work = operations(model, engine)
         rate = options.tflops * 1e12 * options.efficiency / work

@@ -113,27 +113,29 @@ def test_actors_that_die_for_ever_are_given_up(
 
 
 @pytest.mark.parametrize(
-    ("resources", "gpus", "expected"),
+    ("machines", "gpus", "expected"),
     [
-        ({"CPU": 6.0}, 0, (6, 0)),
-        ({}, 0, (1, 0)),
-        ({"CPU": 64.0, "GPU": 8.0}, 0, (8, 1)),  # loaded on a CPU here
-        ({"CPU": 64.0, "GPU": 8.0}, 1, (8, 1)),
-        ({"CPU": 64.0, "GPU": 8.0}, 3, (2, 3)),
-        ({"CPU": 64.0, "GPU": 2.0}, 4, (0, 4)),
-        ({"CPU": 64.0}, 2, (0, 2)),
+        ([{"CPU": 6.0}], 0, (6, 0)),
+        ([{"CPU": 6.0}, {"CPU": 2.0}], 0, (8, 0)),
+        ([{"CPU": 64.0, "GPU": 8.0}], 0, (64, 0)),  # the model is on a CPU here
+        ([{"CPU": 64.0, "GPU": 8.0}], 1, (8, 1)),
+        ([{"GPU": 8.0}, {"GPU": 8.0}, {"GPU": 8.0}], 3, (6, 3)),
+        ([{"GPU": 1.0}, {"GPU": 1.0}], 2, (0, 2)),
+        ([{"CPU": 64.0}], 2, (0, 2)),
     ],
 )
 def test_every_actor_gets_the_gpus_that_the_model_takes(
-    resources: dict[str, float], gpus: int, expected: tuple[int, int]
+    machines: list[dict[str, float]], gpus: int, expected: tuple[int, int]
 ) -> None:
-    assert division(resources, gpus) == expected
+    nodes = [{"Alive": True, "Resources": resources} for resources in machines]
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    assert division([dead, *nodes], gpus) == expected
 
 
 def test_a_cluster_too_small_for_the_model_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.evaluation.cluster.division", lambda *_: (0, 4))
+    monkeypatch.setattr("secateur.evaluation.cluster.gpus_of", lambda _: 4)
     monkeypatch.setattr("ray.init", lambda **_: None)
-    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     monkeypatch.setattr("ray.shutdown", lambda: None)
     with pytest.raises(ClusterError, match=r"^The model takes 4 GPUs, more than the cluster 'auto' has"):
         Cluster.start("auto", model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import Command, save_model, write_suite, write_text
 
 from secateur.errors import DataError
@@ -98,3 +99,25 @@ def test_what_cannot_be_listed_or_carried_on_is_said(tmp_path: Path, call: Comma
     with pytest.raises(DataError):
         resume_command(tmp_path)
     assert read_run(tmp_path) is None
+
+
+def test_too_little_memory_is_said_and_loses_nothing(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, seen = Evaluator.evaluate, []
+
+    def full(self: Evaluator, *arguments: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) > 6:
+            raise torch.OutOfMemoryError("no room")
+        return evaluate(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", full)
+        failed = call(*arguments(inputs, output))
+    assert failed.status == 2
+    assert "lower --batch-size or --masks-at-once" in failed.err
+    assert "Traceback" not in failed.err
+    resumed = call(*arguments(inputs, output), "--masks-at-once", "2", "--kept-mib", "0")
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out

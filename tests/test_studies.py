@@ -191,7 +191,7 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     assert result["verdict"] in ("verified", "not verified")
     assert result["seconds"] > 0
     assert result["tokens_forward"] > result["tokens_backward"] > 0
-    assert set(result["units"]) == {"heads", "neurons", "weights", "heads_total", "neurons_total"}
+    assert set(result["units"]) == {"heads", "neurons", "weights", "action", "heads_total", "neurons_total"}
     assert (result["units"]["heads_total"], result["units"]["neurons_total"]) == (8, 96)
     assert result["units"]["heads"] + result["units"]["neurons"] > 0
     test, utility = result["test"], result["utility"]
@@ -241,7 +241,11 @@ def test_soft_gates_leave_as_an_adapter(tmp_path: Path, output: Path, call: Comm
     with torch.no_grad(), plan.applied(live):
         expected = live.logits(live.hidden(tokens, None, None)[0])
         torch.testing.assert_close(adapted(tokens).logits[0], expected, atol=1e-4, rtol=1e-4)
-    assert "turned down" in (output / "report.html").read_text()
+    report = (output / "report.html").read_text()
+    assert "heads + neurons turned down" in report
+    assert "sit that are turned down" in report
+    assert "Turned down " in outcome.out
+    assert read(output / "result.json")["units"]["action"] == "turned down"
 
 
 def test_checkpoint_loads_plainly_and_equals_the_plan(tmp_path: Path, output: Path, call: Command) -> None:

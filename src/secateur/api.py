@@ -35,6 +35,7 @@ from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.suites import Suite, load_suite, suite_hash
 from secateur.surgery import check_ablation_fits, write_adapter, write_checkpoint
+from secateur.weights import AnyMask
 
 SPARE_BYTES = 50_000_000
 # Settings that change what a run costs and not what it finds: another value may carry on a run.
@@ -137,7 +138,7 @@ def repair(
     check_ablation_fits(model, chosen.ablation)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model), carry_on=True)
     key = _run_key("repair", model, suite, chosen)
-    with writing(directory):
+    with writing(directory, carry_on=True):
         if _left_by(directory, key) is not None:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
@@ -310,7 +311,7 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] 
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the checkpoint of a plan alone: a plain Hugging Face directory.
+    """Write what a plan gives alone: a plain Hugging Face directory, or an adapter where units are turned down.
 
     Raises
     ------
@@ -319,10 +320,17 @@ def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, 
     """
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
     plan.mask.check(model)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model))
+    size = 0 if isinstance(plan.mask, Attenuation) else checkpoint_bytes(model)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + size)
     with writing(directory):
-        write_checkpoint(model, plan.mask, directory.staging)
+        write_permanently(model, plan.mask, directory.staging)
     return directory.target
+
+
+def write_permanently(model: LanguageModel, mask: AnyMask, directory: Path) -> None:
+    """Write the format that carries a mask: a checkpoint for what is removed, an adapter for what is turned down."""
+    write = write_adapter if isinstance(mask, Attenuation) else write_checkpoint
+    write(model, mask, directory)
 
 
 def checkpoint_bytes(model: LanguageModel) -> int:
@@ -336,7 +344,5 @@ def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputD
     write_text(directory.staging / "report.html", render_repair(result))
     if result.plan is not None:
         result.plan.save(directory.staging)
-        if isinstance(result.plan.mask, Attenuation):
-            write_adapter(model, result.plan.mask, directory.staging / "adapter")
-        else:
-            write_checkpoint(model, result.plan.mask, directory.staging / "checkpoint")
+        name = "adapter" if isinstance(result.plan.mask, Attenuation) else "checkpoint"
+        write_permanently(model, result.plan.mask, directory.staging / name)

@@ -329,7 +329,7 @@ def apply(
     trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the checkpoint of a plan: a plain Hugging Face directory with the units zeroed."""
+    """Write the checkpoint of a plan, with the units zeroed; of soft gates, the adapter."""
     import secateur
 
     loaded_plan = secateur.load_plan(plan)
@@ -466,12 +466,23 @@ def _check_output(output: Path, overwrite: bool) -> None:
     check_target(output, overwrite)
 
 
+TOO_LITTLE_MEMORY = (
+    "The device has too little memory; lower --batch-size or --masks-at-once, or spread the model with --device-map. "
+    "The same command carries on with what it has measured."
+)
+
+
 def main() -> None:
     """Entry point: one clear sentence for a user's mistake, and a status that says what happened."""
     try:
         app()
     except SecateurError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+            raise
+        errors.print(f"[bold red]Error:[/] {TOO_LITTLE_MEMORY}", soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from secateur.errors import OutputError
+from secateur.errors import ClusterError, OutputError, SecateurError, StoreError
 
 PARTIAL_SUFFIX = ".partial"
 # In the directory of a run that is under way: what it is and how far, and every mask that it has measured.
@@ -138,8 +138,15 @@ def check_target(target: str | Path, overwrite: bool) -> Path:
 
 
 @contextlib.contextmanager
-def writing(output: OutputDirectory | None, *, keep: bool = False) -> Iterator[OutputDirectory | None]:
-    """Publish on success, keep the partial state on Ctrl-C, remove it on any error unless ``keep`` is set."""
+def writing(
+    output: OutputDirectory | None, *, keep: bool = False, carry_on: bool = False
+) -> Iterator[OutputDirectory | None]:
+    """Publish on success, keep the partial state on Ctrl-C, remove it on any error unless ``keep`` is set.
+
+    Parameters
+    ----------
+    carry_on: also keep it on errors that are not the user's, such as too little memory: a run can be carried on.
+    """
     try:
         yield output
     except KeyboardInterrupt:
@@ -147,12 +154,13 @@ def writing(output: OutputDirectory | None, *, keep: bool = False) -> Iterator[O
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
         if output is None:
             raise
-        if not keep:
+        if not keep and not carry_on:
             output.discard()
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
-    except BaseException:
-        if output is not None and not keep:
+    except BaseException as error:
+        users = isinstance(error, SecateurError) and not isinstance(error, ClusterError | StoreError)
+        if output is not None and not keep and (users or not carry_on):
             output.discard()
         raise
     if output is not None:

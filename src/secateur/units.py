@@ -476,14 +476,12 @@ def _gate_hook(gate: Tensor, mean: np.ndarray | None, width: int) -> Any:
         scale = gate.to(activation.device)
         if width > 1:
             scale = scale.repeat_interleave(width, dim=-1)  # (..., heads) -> (..., heads * head_dim)
-        # The product is taken in the activation's precision; gates of 0 and 1 are exact in all.
-        scale = scale.to(activation.dtype)
         # (batch, tokens, units), or (batch * tokens, units) in OPT's MLP, to what broadcasts against the gate
         parted = _parted(activation, scale) if scale.dim() == 3 else activation
-        scaled = parted * scale
+        scaled = parted * scale  # in fp32, as the gates are: in bf16 a gate of 0.998 would be 1
         if constant is not None:
             scaled = scaled + constant.to(activation) * (1 - scale)
-        return (scaled.reshape(activation.shape), *args[1:])
+        return (scaled.reshape(activation.shape).to(activation.dtype), *args[1:])
 
     return hook
 

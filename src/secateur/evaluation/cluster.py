@@ -27,6 +27,7 @@ LOCAL, AUTO = "local:", "auto"
 QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
 THREADS = 1
 REPLACEMENTS = 3
+START_SECONDS = 1800
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +106,8 @@ class Cluster:
 
         Parameters
         ----------
-        address: "auto" for this machine, with an actor for every GPU, or for every core where there is none;
-            "local:N" for N actors on this machine; or the address of a running Ray cluster. A model that is spread
-            over several GPUs here takes as many for each actor.
+        address: "auto" for this machine, "local:N" for N actors on the CPU of this machine, or the address of a running
+            Ray cluster. Actors compute on what the model computes on here: each on as many GPUs, or each on a core.
         model: was loaded by name, so that actors can load it, too.
 
         Raises
@@ -126,14 +126,20 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({reason})") from error
-        count, gpus = (asked, 0) if asked is not None else division(ray.cluster_resources(), gpus_of(model))
+        count, gpus = (asked, 0) if asked is not None else division(ray.nodes(), gpus_of(model))
         if count < 1:
             ray.shutdown()
             raise ClusterError(f"The model takes {gpus} GPUs, more than the cluster '{address}' has; use a larger one.")
         cluster = cls(ray, model, [], gpus)
         try:
             cluster.actors = [cluster._begin() for _ in range(count)]
-            ray.get([actor.handle.__ray_ready__.remote() for actor in cluster.actors])
+            ray.get([actor.handle.__ray_ready__.remote() for actor in cluster.actors], timeout=START_SECONDS)
+        except ray.exceptions.GetTimeoutError as error:
+            cluster.close()
+            raise ClusterError(
+                f"{count} actors were not ready on '{address}' after {START_SECONDS // 60} minutes; other work may "
+                "hold what they need."
+            ) from error
         except Exception as error:
             cluster.close()
             reason = " ".join(str(error.__cause__ or error).split())[-200:]
@@ -188,7 +194,11 @@ class Cluster:
     def _begin(self) -> Actor:
         options = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": 1}
         worker = self.ray.remote(**options)(Worker)
-        return Actor(worker.remote(self.model.loaded_with, self.model.fingerprint))
+        source = dict(self.model.loaded_with or {})
+        if not self.gpus:
+            # Ray does not hide the GPUs from an actor that asked for none.
+            source |= {"device": "cpu", "device_map": None}
+        return Actor(worker.remote(source, self.model.fingerprint))
 
     def _replace(self, dead: Actor) -> Actor:
         self.replaced += 1
@@ -217,17 +227,17 @@ def gpus_of(model: LanguageModel) -> int:
     return len({parameter.device for parameter in model.model.parameters() if parameter.device.type == "cuda"})
 
 
-def division(resources: dict[str, float], gpus: int) -> tuple[int, int]:
-    """How many actors a cluster holds, and the GPUs of each: as many as the model takes here, one for a model on a CPU.
+def division(nodes: list[dict[str, Any]], gpus: int) -> tuple[int, int]:
+    """How many actors a cluster holds, and the GPUs of each.
 
     Parameters
     ----------
-    resources: what Ray says that there is. gpus: that the model takes here.
+    nodes: what Ray says of its machines; an actor's GPUs are all in one of them.
+    gpus: that the model takes here; 0 for an actor on every core.
     """
-    there = int(resources.get("GPU", 0))
-    if there == 0 and gpus == 0:
-        return max(1, int(resources.get("CPU", 1))), 0
-    return there // max(1, gpus), max(1, gpus)
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    kind, each = ("GPU", gpus) if gpus else ("CPU", 1)
+    return sum(int(there.get(kind, 0)) // each for there in resources), gpus
 
 
 def check_address(address: str | None) -> None:

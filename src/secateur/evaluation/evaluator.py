@@ -111,7 +111,8 @@ class Evaluator:
     def part(self) -> str:
         """A hash of what a figure depends on besides weights and mask: what is asked, how, and the arithmetic."""
         model, digest = self.model, hashlib.sha256()
-        digest.update(repr((str(model.dtype), model.matmul_precision, self.batch_size)).encode())
+        shapes = (self.batch_size,) if model.is_exact else (self.batch_size, self.masks_at_once)
+        digest.update(repr((str(model.dtype), model.matmul_precision, *shapes)).encode())
         digest.update(suite_hash(self.prompts.suite).encode())
         for prompt in self.prompts.prompts:
             digest.update(repr((prompt.scenario, prompt.marker, prompt.context, prompt.answers)).encode())

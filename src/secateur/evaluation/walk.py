@@ -71,8 +71,9 @@ def walking_order(masks: Sequence[AnyMask]) -> list[int]:
             return b""
         space, keep = mask.space, mask.keep
         return b"".join(
-            keep[space.head_slice(layer)].tobytes() + keep[space.neuron_slice(layer)].tobytes()
+            np.packbits(keep[part]).tobytes()
             for layer in range(space.n_layers)
+            for part in (space.head_slice(layer), space.neuron_slice(layer))
         )
 
     keys = [layers(mask) for mask in masks]

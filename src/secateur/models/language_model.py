@@ -110,6 +110,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether products are taken in full fp32, so that figures hardly depend on the shapes of passes."""
+        return self.dtype in (torch.float32, torch.float64) and self.matmul_precision == "highest"
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the configuration and of samples of every weight: equal for equal models.

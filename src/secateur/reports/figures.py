@@ -102,11 +102,11 @@ def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Fig
 
 
 def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank: np.ndarray | None) -> go.Figure:
-    """Heads by layer with their scores and the removed ones marked, and removed neurons by layer."""
+    """Heads by layer with their scores and the chosen ones marked, and chosen neurons by layer."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
-        rows=1, cols=2, column_widths=[0.5, 0.5], subplot_titles=("heads: score", "neurons removed per layer")
+        rows=1, cols=2, column_widths=[0.5, 0.5], subplot_titles=("heads: score", "chosen neurons per layer")
     )
     layers = list(range(space.n_layers))
     if rank is not None:
@@ -132,7 +132,7 @@ def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank
         y=[layer for layer, _ in heads],
         mode="markers",
         marker={"symbol": "x", "size": 10, "color": AFTER, "line": {"width": 1, "color": "white"}},
-        hovertemplate="removed: layer %{y}, head %{x}<extra></extra>",
+        hovertemplate="chosen: layer %{y}, head %{x}<extra></extra>",
         showlegend=False,
         row=1,
         col=1,

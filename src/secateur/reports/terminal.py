@@ -22,7 +22,7 @@ from secateur.measures.prompts import candidate_texts
 from secateur.progress import Advance, Progress
 from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
-from secateur.studies.compare import CompareResult
+from secateur.studies.compare import CompareResult, MethodResult
 from secateur.studies.localise import LocaliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import Run
@@ -165,11 +165,12 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _removed(units: dict[str, int]) -> str:
+def _removed(units: dict[str, Any]) -> str:
+    did = str(units.get("action", "removed")).capitalize()
     if units.get("weights"):
-        return f"Removed {units['weights']:,} single weights"
+        return f"{did} {units['weights']:,} single weights"
     heads = f"{units['heads']} of {units['heads_total']:,} heads"
-    return f"Removed {heads} and {units['neurons']} of {units['neurons_total']:,} neurons"
+    return f"{did} {heads} and {units['neurons']} of {units['neurons_total']:,} neurons"
 
 
 def _interval(figure: dict[str, float]) -> str:
@@ -196,7 +197,7 @@ def compare_table(result: CompareResult) -> Table:
             continue
         table.add_row(
             f"{found.name}{' *' if found.faults else ''}",
-            f"{found.weights:,}\nweights" if found.weights else f"{found.heads}\n{found.neurons:,}",
+            f"{found.weights:,}\nweights" if found.weights else f"{found.heads}\n{found.neurons:,}{_how(found)}",
             f"{bias[0].value:.2f}\n{bias[1].value:.2f}",
             _stacked(found.reduction, 0),
             _stacked(found.perplexity_increase, 1),
@@ -204,6 +205,10 @@ def compare_table(result: CompareResult) -> Table:
             *cost,
         )
     return table
+
+
+def _how(found: MethodResult) -> str:
+    return "" if found.action == "removed" else f"\n{found.action}"
 
 
 def _stacked(interval: Interval, digits: int) -> str:

@@ -4,7 +4,7 @@ For head h, b_h is the bias and p_h the perplexity of the model without h, each 
 paper takes b from a toxicity classifier on sampled continuations of HolisticBias prompts, and a seed
 draws the samples. What is ours:
 
-- bias is D, the root mean square SMD of the suite (:func:`secateur.scoring.attribution.disparity`),
+- bias is D, the disparity of the suite (:func:`secateur.scoring.attribution.disparity`),
   which needs no sampling; a seed draws markers, scenarios and windows of text instead;
 - perplexity counts by its logarithm: the order within a seed is the same, but one seed in which a
   single head raises it a thousandfold does not decide the mean.

@@ -5,8 +5,8 @@ Gates m_u multiply the units and start at 1. Each step takes one scenario and a 
     mean over pairs of groups (gap / spread)^2  +  lambda KL(unpruned || gated)  +  mu sum_u (1 - m_u)  +
     rho sum_u m_u (1 - m_u)
 
-by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of the scenario's SMD, the spread that of
-the unpruned model, since pruning also shrinks spreads. The term in rho, off at first, drives gates to 0 or 1. Relaxed
+by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of D, the spread that of the
+unpruned model, since pruning also shrinks spreads. The term in rho, off at first, drives gates to 0 or 1. Relaxed
 gates for pruning go back to Louizos et al. (2018); without their noise, the end is as good and simpler.
 """
 

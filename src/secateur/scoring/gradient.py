@@ -28,7 +28,7 @@ class Gradient(Settings):
 
     Attributes
     ----------
-    of: "bias" (default; ours) ranks by |dD/dm|, D the disparity of the fit prompts (root mean square SMD), the
+    of: "bias" (default; ours) ranks by |dD/dm|, D the disparity of the fit prompts, the
         highest removed first; the sign is lost, so units that hold bias back are removed with those that
         carry it. "loss" (Michel et al.) ranks by the sum over windows of neutral text of
         |dL_w/dm|, L_w the window's summed loss, divided by all scored tokens, the lowest removed first: it

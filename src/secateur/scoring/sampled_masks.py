@@ -6,8 +6,8 @@ network per figure from the 0/1 vector of heads, and search on the networks (see
 :mod:`secateur.search.attention_pruning`). What is ours:
 
 - a mask removes k heads, k even between bounds, each set of k heads as likely as any other;
-- bias is D, the root mean square SMD of the suite, and perplexity counts by its logarithm: single heads can raise it a
-  thousandfold;
+- bias is D, the disparity of the suite as attribution has it, and perplexity counts by its logarithm: single heads can
+  raise it a thousandfold;
 - the prompts are a draw with equally many markers of each group in every scenario;
 - a network has one hidden layer of 64 units, trained for 400 steps of AdamW on four fifths of the masks; the last fifth
   tells its quality.

@@ -138,9 +138,10 @@ class Annealing(Settings):
             survey.measure(first_states(len(items), first, rng), advance)
             for number in range(self.rounds):
                 share = (self.evaluations - survey.spent) / (self.rounds - number)
-                count = int(share / survey.price_of(self.race))
-                if count < 1:
-                    continue
+                price = survey.price_of(self.race)
+                if survey.spent + price > self.evaluations + 1e-9:
+                    break
+                count = max(1, int(share / price))
                 states = self._promising(survey, self.race * count, number)
                 if not states:  # all there is near the best is known
                     break
@@ -235,7 +236,10 @@ class Survey:
 
         masks = [self.problem.mask(self.units_of(state)) for state in states]
         self.spent += len(states) * self.race.share
-        return [states[number] for number in self.race.winners(masks, count, energy)]
+        winners = self.race.winners(masks, count, energy)
+        lost = [state.tobytes() for number, state in enumerate(states) if number not in winners]
+        self.asked.update(lost)  # and not proposed again
+        return [states[number] for number in winners]
 
     def units_of(self, state: np.ndarray) -> np.ndarray:
         """Flat positions of what a state removes."""
@@ -256,14 +260,18 @@ class Survey:
                 increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
                 self.found.append(Measured(state, disparity(found.table), increase, len(mask.removed)))
             advance(1)
-            best = next(iter(self.front()), None)
-            if best is not None:
+            if self.found:
+                best = min(self.found, key=self.order)
                 self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(best.increase):+.1%}")
 
     def front(self) -> list[Measured]:
         """The states that no other dominates and that remove something, the least bias within the limit first."""
         best = [one for one in self.found if one.units and not any(other.dominates(one) for other in self.found)]
-        return sorted(best, key=lambda one: (one.increase > self.limit, one.bias, one.units))
+        return sorted(best, key=self.order)
+
+    def order(self, one: Measured) -> tuple[bool, float, int]:
+        """What measured states are sorted by: the least bias within the limit first."""
+        return one.increase > self.limit, one.bias, one.units
 
 
 def find_items(scores: Effects, problem: Problem, settings: Annealing) -> list[np.ndarray]:

@@ -76,7 +76,7 @@ class Elimination(Settings):
         last, least = self.rounds, np.inf
         for number, removed in enumerate(self._path(problem, scorer, scores), start=1):
             unseen.append(Selection("both", removed, {"rounds": number}))
-            if number % MEASURED_ROUNDS == 0:
+            if number % MEASURED_ROUNDS == 0 or number == last:
                 outcome = yield unseen[-1]
                 if not outcome.within_limit:
                     unseen.pop()

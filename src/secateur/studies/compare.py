@@ -89,7 +89,7 @@ class MethodResult:
         nothing was proposed, or the method does not suit the model or the suite.
     over_limit: whether the choice breaks the utility limit on test.
     faults: what keeps the reduction on test from being proven, in words.
-    heads, neurons, weights: units removed, or single weights.
+    heads, neurons, weights: units removed, or single weights. action: "turned down" where units are not removed.
     bias_before, bias_after, reduction, perplexity_increase, control_change: on test, None without a mask.
     random_reductions: for the method ``random``, the reduction under every draw of random masks, of the size that
         it chose, or else of its largest candidate within the limit, or of its smallest.
@@ -109,6 +109,7 @@ class MethodResult:
     heads: int = 0
     neurons: int = 0
     weights: int = 0
+    action: str = "removed"
     knobs: dict[str, Any] = field(default_factory=dict)
     bias_before: Interval | None = None
     bias_after: Interval | None = None
@@ -184,6 +185,7 @@ def _flat(found: MethodResult) -> dict[str, Any]:
         "heads": found.heads,
         "neurons": found.neurons,
         "weights": found.weights,
+        "action": found.action,
         "knobs": " ".join(f"{key}={value}" for key, value in found.knobs.items()),
         "faults": "; ".join(found.faults),
     }
@@ -299,6 +301,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
             "heads": mask.heads_removed,
             "neurons": mask.neurons_removed,
             "weights": mask.weights_removed,
+            "action": mask.action,
             "knobs": next(record.knobs for record in candidates.records if record.chosen),
             "bias_before": test.comparison.before,
             "bias_after": test.comparison.after,

@@ -76,13 +76,7 @@ class StudySettings:
             load_suite(self.control_suite)
         if not 0 < self.max_perplexity_increase < 10:
             raise SettingError("The maximum perplexity increase must lie between 0 and 10 (0.02 stands for 2 %).")
-        for name, low in (
-            ("batch_size", 1),
-            ("masks_at_once", 1),
-            ("kept_mib", 0),
-            ("max_markers", 2),
-            ("utility_tokens", 512),
-        ):
+        for name, low in LEAST.items():
             self.check_least(name, low)
 
     def check_least(self, name: str, low: int) -> None:

@@ -126,6 +126,7 @@ class RepairResult:
                 "heads": mask.heads_removed,
                 "neurons": mask.neurons_removed,
                 "weights": mask.weights_removed,
+                "action": mask.action,
                 "heads_total": self.space.n_heads,
                 "neurons_total": self.space.n_neurons,
             },

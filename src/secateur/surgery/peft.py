@@ -16,6 +16,7 @@ from secateur.attenuation import Attenuation
 from secateur.errors import MaskError
 from secateur.files import to_json, write_text
 from secateur.models import LanguageModel
+from secateur.models.loading import DEFAULT_HUB_ID, DEFAULT_MODEL
 from secateur.units import Mask, UnitSpace
 from secateur.weights import AnyMask
 
@@ -40,7 +41,7 @@ def write_adapter(model: LanguageModel, mask: AnyMask, directory: str | Path) ->
     config = {
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.source,
+        "base_model_name_or_path": DEFAULT_HUB_ID if model.source == DEFAULT_MODEL else model.source,
         "target_modules": sorted(vectors),
         "feedforward_modules": sorted(vectors),
         "fan_in_fan_out": model.family.transposed,
