@@ -192,3 +192,29 @@ def test_a_model_without_promising_units_gets_no_proposal(monkeypatch: pytest.Mo
     nothing = Effects(np.ones(units), np.zeros(units), np.ones(units), np.ones(units))
     monkeypatch.setattr(Attribution, "score", lambda *_, **__: nothing)
     assert propose(SMALL, problem, Attribution()) == []
+
+
+def test_states_that_lose_a_race_are_paid_for_and_not_proposed_again() -> None:
+    problem = problem_of()
+    survey = Survey.prepare(problem, find_items(effects_of(problem), problem, SMALL), SMALL)
+    states = list(np.eye(len(survey.items), dtype=bool)[:5])
+    kept = survey.winners(states, 2)
+    assert [state.tobytes() for state in kept] == [one.tobytes() for one in states if one.tobytes() not in survey.asked]
+    assert len(kept) == 2
+    assert survey.spent == pytest.approx(5 * survey.race.share)
+    assert survey.winners(kept, 2) == kept, "no race where all may go on"
+    assert survey.spent == pytest.approx(5 * survey.race.share)
+
+
+def test_a_race_that_costs_more_than_there_is_measures_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, measured_at = problem_of(), []
+    measure = Survey.measure
+
+    def noted(self: Survey, states: list[np.ndarray], advance: Any) -> None:
+        measure(self, states, advance)
+        measured_at.append(self.spent)
+
+    monkeypatch.setattr(Survey, "measure", noted)
+    propose(SMALL.model_copy(update={"race": 1000}), problem, Attribution())
+    assert len(measured_at) == 1
+    assert measured_at[0] <= 8

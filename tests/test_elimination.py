@@ -208,20 +208,25 @@ class Steps(Elimination):
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "numbers"),
+    ("rounds", "outcomes", "numbers"),
     [
-        ({6: (0.5, 0.001), 9: (0.4, 0.001), 12: (0.3, 0.001)}, [3, 6, 9, 12]),  # as many as there may be
-        ({6: (0.5, 0.001), 9: (0.6, 0.001)}, [3, 6, 9]),  # no better any more
-        ({6: (1.0, 0.001)}, [3, 6]),  # no better than three rounds were
-        ({6: (0.5, 0.011)}, [3, 6]),  # too little of the limit is left
-        ({6: (0.5, 0.001), 9: (0.4, 0.03)}, [3, 6, 9, 8]),  # beyond the limit
+        (
+            4,
+            {4: (0.5, 0.001), 6: (0.4, 0.001), 7: (0.3, 0.001), 9: (0.3, 0.001), 10: (0.2, 0.001)},
+            [3, 4, 6, 7, 9, 10],
+        ),
+        (6, {6: (0.5, 0.001), 9: (0.4, 0.001), 12: (0.3, 0.001)}, [3, 6, 9, 12]),  # as many as there may be
+        (6, {6: (0.5, 0.001), 9: (0.6, 0.001)}, [3, 6, 9]),  # no better any more
+        (6, {6: (1.0, 0.001)}, [3, 6]),  # no better than three rounds were
+        (6, {6: (0.5, 0.011)}, [3, 6]),  # too little of the limit is left
+        (6, {6: (0.5, 0.001), 9: (0.4, 0.03)}, [3, 6, 9, 8]),  # beyond the limit
     ],
 )
 def test_rounds_go_on_while_they_help_and_there_is_room(
-    outcomes: dict[int, tuple[float, float]], numbers: list[int]
+    rounds: int, outcomes: dict[int, tuple[float, float]], numbers: list[int]
 ) -> None:
     problem = Problem(model_of(), fit_of(), [fit_of()], lambda name, total: nullcontext(lambda done: None))
-    running = Steps(max_heads=0, max_neurons=0).proposals(problem, Attribution())
+    running = Steps(max_heads=0, max_neurons=0, rounds=rounds).proposals(problem, Attribution())
     found = [next(running).knobs["rounds"]]
     with suppress(StopIteration):
         while True:
