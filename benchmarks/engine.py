@@ -1,9 +1,9 @@
 """Print masks per second of the evaluation engine against the naive way, and what each technique is worth.
 
-Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N]``, on the select part of the suite and
-its neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits, one whole
-pass per mask. All ratios are measured in one run; every technique is then switched off alone. Where the processor
-multiplies bfloat16 in hardware, the products of fp32 matrices are also taken in it.
+Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N] [--brief]``, on the select part of the
+suite and its neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits,
+one whole pass per mask. All ratios are measured in one run; every technique is then switched off alone. Where the
+processor multiplies bfloat16 in hardware, the products of fp32 matrices are also taken in it.
 """
 
 from __future__ import annotations
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=8)
     parser.add_argument("--naive", type=int, default=2, help="masks measured in the naive way")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--brief", action="store_true", help="the engine against the naive way alone")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     bench = Bench.load(options.suite)
@@ -236,6 +237,11 @@ def main() -> None:
         f"{sum(len(window.tokens) for window in bench.text.windows):,} of text"
     )
     bench.measure_naively(random[: options.naive])
+    if options.brief:
+        bench.report("engine, unrelated random masks", random)
+        bench.report("engine, a walk of single flips", steps, keep_bytes=KEPT)
+        print(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB")
+        return
     plain = unrelated_masks(bench, random)
     walked_masks(bench, steps)
     racing(bench, unrelated(model, 2 * options.masks, rng), options.seed)
