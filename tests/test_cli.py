@@ -341,7 +341,8 @@ def test_failure_leaves_an_existing_output_untouched(
     given = arguments(command, tmp_path, passing_model, output)
     fail_to_write(monkeypatch)
     assert "No space left on device" in call(*given, "--overwrite").refusal
-    assert [path.name for path in output.parent.iterdir()] == ["run"]
+    kept = {"run.partial"} if command == "repair" else set()  # what was measured, to be carried on
+    assert {path.name for path in output.parent.iterdir()} == {"run"} | kept
     assert [(path.name, path.read_text()) for path in output.iterdir()] == [("mine.txt", "keep me")]
 
 
@@ -402,7 +403,15 @@ def test_disk_that_fills_up_while_writing(
     given = arguments(command, tmp_path, passing_model, output)
     fail_to_write(monkeypatch)
     assert call(*given).refusal == f"'{output}' cannot be written: No space left on device."
-    assert_nothing(output)
+    if command != "repair":
+        assert_nothing(output)
+        return
+    assert [path.name for path in output.parent.iterdir()] == ["run.partial"]
+    monkeypatch.undo()
+    resumed = call(*given)
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out
+    assert [path.name for path in output.parent.iterdir()] == ["run"]
 
 
 # Plans
