@@ -226,7 +226,7 @@ def test_rounds_go_on_while_they_help_and_there_is_room(
     rounds: int, outcomes: dict[int, tuple[float, float]], numbers: list[int]
 ) -> None:
     problem = Problem(model_of(), fit_of(), [fit_of()], lambda name, total: nullcontext(lambda done: None))
-    running = Steps(max_heads=0, max_neurons=0, rounds=rounds).proposals(problem, Attribution())
+    running = Steps(max_heads=0, max_neurons=0, rounds=rounds, more_rounds=6).proposals(problem, Attribution())
     found = [next(running).knobs["rounds"]]
     with suppress(StopIteration):
         while True:
