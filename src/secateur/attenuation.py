@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
-from secateur.units import HEADER, Ablation, Unit, UnitSpace, gated, gates_of, space_from
+from secateur.units import HEADER, Ablation, Unit, UnitSpace, check_made_for, gated, gates_of, space_from
 
 ATTENUATION_FORMAT = "secateur-attenuation-1"
 
@@ -114,11 +114,7 @@ class Attenuation:
         ------
         MaskError: the fingerprints or the unit counts differ.
         """
-        if self.space != UnitSpace.of(model) or self.fingerprint != model.fingerprint:
-            raise MaskError(
-                f"These gates were made for another model (fingerprint {self.fingerprint}) than '{model.source}' "
-                f"(fingerprint {model.fingerprint}); load the model they were made for."
-            )
+        check_made_for(model, self.fingerprint, self.space, "attenuation")
 
     @contextmanager
     def applied(self, model: LanguageModel) -> Iterator[None]:

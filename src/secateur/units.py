@@ -253,11 +253,7 @@ class Mask:
         ------
         MaskError: the fingerprints or the unit counts differ.
         """
-        if self.space != UnitSpace.of(model) or self.fingerprint != model.fingerprint:
-            raise MaskError(
-                f"This mask was made for another model (fingerprint {self.fingerprint}) than '{model.source}' "
-                f"(fingerprint {model.fingerprint}); load the model it was made for."
-            )
+        check_made_for(model, self.fingerprint, self.space, "mask")
 
     @contextmanager
     def applied(self, model: LanguageModel) -> Iterator[None]:
@@ -318,6 +314,24 @@ class Mask:
             return cls(space, keep, str(header["fingerprint"]), means)
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise MaskError(f"The mask file '{path}' cannot be read: {error}.") from error
+
+
+def check_made_for(model: LanguageModel, fingerprint: str, space: UnitSpace | None, what: str) -> None:
+    """Refuse what was made for another model.
+
+    Parameters
+    ----------
+    space: the units that it was made for, where it has any. what: its name in the message.
+
+    Raises
+    ------
+    MaskError: the fingerprints or the unit counts differ.
+    """
+    if fingerprint != model.fingerprint or (space is not None and space != UnitSpace.of(model)):
+        raise MaskError(
+            f"This {what} was made for another model (fingerprint {fingerprint}) than '{model.source}' "
+            f"(fingerprint {model.fingerprint}); load the model it was made for."
+        )
 
 
 def space_from(fields: dict[str, Any]) -> UnitSpace:

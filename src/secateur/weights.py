@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.attenuation import ATTENUATION_FORMAT, Attenuation
 from secateur.errors import MaskError
 from secateur.models import LanguageModel
-from secateur.units import HEADER, Ablation, Mask
+from secateur.units import HEADER, Ablation, Mask, check_made_for
 
 WEIGHT_MASK_FORMAT = "secateur-weight-mask-1"
 
@@ -173,11 +173,7 @@ class WeightMask:
         ------
         MaskError: the fingerprints differ, or the model lacks a module or has it in another shape.
         """
-        if self.fingerprint != model.fingerprint:
-            raise MaskError(
-                f"This mask was made for another model (fingerprint {self.fingerprint}) than '{model.source}' "
-                f"(fingerprint {model.fingerprint}); load the model it was made for."
-            )
+        check_made_for(model, self.fingerprint, None, "mask")
         _check_shapes(model, self.shapes)
 
     @contextmanager

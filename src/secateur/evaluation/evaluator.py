@@ -125,10 +125,15 @@ class Evaluator:
         """The prompts, packed for the model; packed when they are first needed."""
         return pack(self.model, self.prompts, self.batch_size, self.share_prefixes)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that one whole evaluation forwards, text included."""
+        read = 0 if self.text is None else sum(len(window.tokens) for window in self.text.windows)
+        return sum(batch.tokens for batch in self.batches) + read
+
     @cached_property
     def _walk(self) -> Walk | None:
-        read = 0 if self.text is None else sum(len(window.tokens) for window in self.text.windows)
-        return Walk.within(self.model, sum(batch.tokens for batch in self.batches) + read, self.keep_bytes)
+        return Walk.within(self.model, self.tokens, self.keep_bytes)
 
     def _run(self, mask: AnyMask | None, part: str) -> Run:
         """How a pass is made under a mask; ``part`` keeps batches of prompts and of text apart."""
@@ -187,8 +192,9 @@ class Evaluator:
 
     def _measure_together(self, masks: Sequence[AnyMask], utility: bool) -> None:
         """Measure in common passes what is not known of masks; if one has no finite answers, leave them all."""
-        new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
-        new = {key: mask for key, mask in new.items() if not self._wanted(utility) <= set(self._recall(key))}
+        if len(masks) < 2:
+            return
+        new = self._unknown(masks, utility)
         kept = list(new.values())
         if len(kept) < 2 or any(mask.means is not kept[0].means for mask in kept):
             return
@@ -204,14 +210,15 @@ class Evaluator:
         for key, row, figures in zip(new, y, read, strict=True):
             self._remember(key, {"y": row, **figures})
 
-    def _wanted(self, utility: bool) -> set[str]:
-        """The names of the figures that are to be known of a mask."""
-        return {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
+    def _unknown(self, masks: Sequence[AnyMask], utility: bool) -> dict[bytes, Mask]:
+        """The masks of units, by key, of which some figure is not known."""
+        wanted = {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
+        new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
+        return {key: mask for key, mask in new.items() if not wanted <= set(self._recall(key))}
 
     def _measure_on(self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool) -> None:
         """Have the cluster measure what is not known."""
-        new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
-        new = {key: mask for key, mask in new.items() if not self._wanted(utility) <= set(self._recall(key))}
+        new = self._unknown(masks, utility)
         advance(self.work(utility) * (len(masks) - len(new)))
         for mask, figures in cluster.measure(self, list(new.values()), utility):
             if figures is not None:

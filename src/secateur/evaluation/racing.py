@@ -21,11 +21,11 @@ class Race:
 
     Attributes
     ----------
-    first: measures on the slice. share: of the tokens of the whole that it reads.
+    first: measures on the slice. whole: measures on all of it.
     """
 
     first: Evaluator
-    share: float
+    whole: Evaluator
 
     @classmethod
     def on(cls, whole: Evaluator, seed: int = 0, part: float = SLICE) -> Race:
@@ -36,8 +36,12 @@ class Race:
         text = whole.text
         if text is not None:
             text = text.first(max(1, round(part * len(text.windows))))
-        first = whole.on(prompts, text)
-        return cls(first, _tokens(first) / _tokens(whole))
+        return cls(whole.on(prompts, text), whole)
+
+    @property
+    def share(self) -> float:
+        """Of the tokens of the whole, what the slice reads."""
+        return self.first.tokens / self.whole.tokens
 
     def winners(
         self, masks: Sequence[AnyMask], count: int, energy: Callable[[AnyMask, Measurement], float]
@@ -51,9 +55,3 @@ class Race:
         found = self.first.evaluate_each(masks, utility=self.first.text is not None)
         energies = [np.inf if one is None else energy(mask, one) for mask, one in zip(masks, found, strict=True)]
         return sorted(np.argsort(energies, kind="stable")[:count].tolist())
-
-
-def _tokens(evaluator: Evaluator) -> int:
-    """Tokens of one whole evaluation."""
-    read = 0 if evaluator.text is None else sum(len(window.tokens) for window in evaluator.text.windows)
-    return sum(batch.tokens for batch in evaluator.batches) + read

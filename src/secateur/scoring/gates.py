@@ -186,7 +186,7 @@ class Lesson:
         draw = PromptDraw.stratified(fit.prompts, max(2, prompts // groups), None, seed)
         drawn = draw.of(fit.prompts)
         group_of = dict(zip(drawn.markers, drawn.groups, strict=True))
-        spreads = [spread for *_, spread in pairs_of_groups(table)]  # per pair, (scenarios,)
+        *_, spread = next(pairs_of_groups(table))  # (scenarios,), one for all pairs
         batches, weights = [], []
         for row, scenario in enumerate(fit.prompts.scenarios):
             asked = drawn.of_scenarios([scenario])
@@ -194,7 +194,7 @@ class Lesson:
             owner = np.array([group_of[prompt.marker] for prompt in asked.prompts])
             rows = [
                 ((owner == a) / max(1, (owner == a).sum()) - (owner == b) / max(1, (owner == b).sum())) / spread[row]
-                for (a, b), spread in zip(table.pairs, spreads, strict=True)
+                for a, b in table.pairs
             ]
             weights.append(torch.from_numpy(np.array(rows, dtype=np.float32)))
         return cls(fit, batches, weights)
