@@ -170,4 +170,5 @@ def test_the_python_api_loads_a_plan_with_gates(tmp_path: Path) -> None:
     assert plan.record == {"suite": "x"}
     assert len(json.loads((tmp_path / "plan.json").read_text())["gates"]) == len(gates.changed)
     written = secateur.apply(model, plan, tmp_path / "applied")
-    assert sorted(path.name for path in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = {path.name for path in written.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "secateur"}

@@ -387,7 +387,7 @@ def fail_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("secateur.api.write_checkpoint", full)
+    monkeypatch.setattr("secateur.api.write_permanently", full)
     monkeypatch.setattr("secateur.api.render_audit", full)
 
 

@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, localise, repair
+from secateur.api import apply, audit, compare, export, localise, repair
 from secateur.errors import (
     DataError,
     MaskError,
@@ -53,6 +53,7 @@ __all__ = [
     "apply",
     "audit",
     "compare",
+    "export",
     "load",
     "load_plan",
     "load_suite",

@@ -22,6 +22,7 @@ from secateur.measures.sampling import TEMPERATURE
 from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel
 from secateur.progress import Progress
+from secateur.reports.card import render_card
 from secateur.reports.html import render_audit, render_compare, render_repair
 from secateur.studies import audit as audits
 from secateur.studies import compare as comparisons
@@ -34,7 +35,8 @@ from secateur.studies.parts import StudySettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.suites import Suite, load_suite, suite_hash
-from secateur.surgery import check_ablation_fits, write_adapter, write_checkpoint
+from secateur.surgery import FORMATS, check_ablation_fits, check_export
+from secateur.surgery.hub import check_hub, push
 from secateur.weights import AnyMask
 
 SPARE_BYTES = 50_000_000
@@ -311,7 +313,7 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] 
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write what a plan gives alone: a plain Hugging Face directory, or an adapter where units are turned down.
+    """Write what a plan gives: a plain Hugging Face directory, or an adapter where units are turned down.
 
     Raises
     ------
@@ -319,18 +321,64 @@ def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, 
     OutputError: the directory exists or cannot be written.
     """
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
-    plan.mask.check(model)
-    size = 0 if isinstance(plan.mask, Attenuation) else checkpoint_bytes(model)
+    return export(model, plan, output, format=usual_format(plan.mask), overwrite=overwrite)
+
+
+def export(
+    model: LanguageModel,
+    plan: Plan | str | Path,
+    output: str | Path,
+    *,
+    format: str = "hf",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    **options: Any,
+) -> Path:
+    """Write what a plan gives in a format that other tools load, with a model card.
+
+    Parameters
+    ----------
+    format: "hf", "peft", "hf-uniform", "compact" or "gguf"; see :data:`secateur.surgery.FORMATS`.
+    push_to_hub: also upload the directory to this repository of the Hub, which needs a token.
+    options: settings of the format: ``multiple`` (hf-uniform), ``quantisation`` (gguf), ``shard`` (hf, hf-uniform
+        and compact).
+
+    Returns
+    -------
+    The directory.
+
+    Raises
+    ------
+    MaskError: the plan cannot be read, was made for another model, or the format cannot carry it.
+    SettingError: unknown format or setting.
+    OutputError: the directory exists or cannot be written; the Hub cannot be reached.
+    """
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    check_export(model, plan.mask, format, **options)
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
+    size = 0 if format == "peft" else checkpoint_bytes(model)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + size)
     with writing(directory):
-        write_permanently(model, plan.mask, directory.staging)
+        write_permanently(model, plan, directory.staging, format, push_to_hub or directory.target.name, options)
+    if push_to_hub is not None:
+        push(directory.target, push_to_hub)
     return directory.target
 
 
-def write_permanently(model: LanguageModel, mask: AnyMask, directory: Path) -> None:
-    """Write the format that carries a mask: a checkpoint for what is removed, an adapter for what is turned down."""
-    write = write_adapter if isinstance(mask, Attenuation) else write_checkpoint
-    write(model, mask, directory)
+def usual_format(mask: AnyMask) -> str:
+    """The format that carries a mask: a checkpoint for what is removed, an adapter for what is turned down."""
+    return "peft" if isinstance(mask, Attenuation) else "hf"
+
+
+def write_permanently(
+    model: LanguageModel, plan: Plan, directory: Path, format: str, name: str, options: dict[str, Any]
+) -> None:
+    """Write a plan in a format, with the plan and a model card beside the weights."""
+    chosen = FORMATS[format]
+    chosen.write(model, plan.mask, directory, **options)
+    plan.save(directory / "secateur")  # apart: some loaders take every safetensors file beside a config for weights
+    write_text(directory / "README.md", render_card(model, plan, format, chosen.library, name))
 
 
 def checkpoint_bytes(model: LanguageModel) -> int:
@@ -342,7 +390,9 @@ def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputD
     directory.write_json("result.json", result.as_dict())
     directory.write_json("run.json", result.run)
     write_text(directory.staging / "report.html", render_repair(result))
-    if result.plan is not None:
-        result.plan.save(directory.staging)
-        name = "adapter" if isinstance(result.plan.mask, Attenuation) else "checkpoint"
-        write_permanently(model, result.plan.mask, directory.staging / name)
+    plan = result.plan
+    if plan is not None:
+        plan.save(directory.staging)
+        usual = usual_format(plan.mask)
+        name = "adapter" if usual == "peft" else "checkpoint"
+        write_permanently(model, plan, directory.staging / name, usual, directory.target.name, {})

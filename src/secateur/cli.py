@@ -341,6 +341,53 @@ def apply(
 
 
 @app.command()
+def export(
+    plan: Annotated[Path, typer.Argument(help="A run's directory, or its plan.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", "-f", help="hf (zeroed), peft (adapter), hf-uniform, compact (smaller) or gguf."),
+    ] = "hf",
+    multiple: Annotated[
+        int | None, typer.Option(help="hf-uniform: neurons per layer are a multiple of this [default: 8].")
+    ] = None,
+    quantisation: Annotated[
+        str | None, typer.Option(help="gguf: f16, q8_0, or keep that of the model's own file [default: f16].")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="Largest size of a weights file, such as 5GB.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the result to the Hugging Face Hub.")
+    ] = None,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a plan in a format that other tools load, with a model card."""
+    import secateur
+    from secateur.surgery import format_named
+    from secateur.surgery.hub import check_hub
+
+    told = {"multiple": multiple, "quantisation": quantisation, "shard": shard}
+    options = {name: value for name, value in told.items() if value is not None}
+    format_named(format, options)
+    loaded_plan = secateur.load_plan(plan)
+    _check_output(output, overwrite)
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, "highest")
+    written = secateur.export(
+        loaded, loaded_plan, output, format=format, overwrite=overwrite, push_to_hub=push_to_hub, **options
+    )
+    mask = loaded_plan.mask
+    console.print(f"Written: {escape(str(written))} as {format} ({mask.summary} {mask.action})")
+    if push_to_hub is not None:
+        console.print(f"Uploaded: {escape(push_to_hub)}")
+
+
+@app.command()
 def show(directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Print the result of a run, or what an interrupted one had found."""
     from secateur.reports.terminal import show_lines

@@ -26,6 +26,9 @@ class Family:
     mlp_in: projections into the neurons (gate and up for a GLU; one path where fused or plain).
     transposed: weights are stored as (in, out), as in ``Conv1D``.
     bias_switches: config flags that give attention_out and mlp_out a bias where they have none.
+    width: config key of the number of neurons per layer.
+    heads_shrink: whether heads can leave the projections: the width of a head is a config key of its own
+        (``head_dim``), and nothing is normalised over all heads of a layer.
     tree: whether attention depends only on the mask and the position ids that are passed in, so
         that many prompts can share one row (see ``measures.packing``).
     """
@@ -37,6 +40,8 @@ class Family:
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     transposed: bool = False
     bias_switches: tuple[str, str] | None = None
+    width: str = "intermediate_size"
+    heads_shrink: bool = True
     tree: bool = True
 
 
@@ -47,6 +52,7 @@ GPT_NEOX_LIKE = Family(
     mlp_out="mlp.dense_4h_to_h",
     attention_in=("attention.query_key_value",),
     mlp_in=("mlp.dense_h_to_4h",),
+    heads_shrink=False,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -58,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": LLAMA_LIKE,
     "gemma3_text": LLAMA_LIKE,
     "phi3": Family(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
-    "olmo2": LLAMA_LIKE,
+    "olmo2": Family(heads_shrink=False),
     "granite": Family(bias_switches=("attention_bias", "mlp_bias")),
     "smollm3": Family(bias_switches=("attention_bias", "mlp_bias")),
     "gpt2": Family(
@@ -68,6 +74,8 @@ FAMILIES: dict[str, Family] = {
         attention_in=("attn.c_attn",),
         mlp_in=("mlp.c_fc",),
         transposed=True,
+        width="n_inner",
+        heads_shrink=False,
     ),
     "gpt_neo": Family(
         blocks="transformer.h",
@@ -75,6 +83,7 @@ FAMILIES: dict[str, Family] = {
         mlp_out="mlp.c_proj",
         attention_in=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
         mlp_in=("mlp.c_fc",),
+        heads_shrink=False,
         tree=False,  # its local layers look back a number of columns, not of positions
     ),
     "gpt_neox": GPT_NEOX_LIKE,
@@ -83,6 +92,8 @@ FAMILIES: dict[str, Family] = {
         attention_out="self_attn.out_proj",
         mlp_out="fc2",
         mlp_in=("fc1",),
+        width="ffn_dim",
+        heads_shrink=False,
     ),
     "falcon": Family(
         blocks="transformer.h",
@@ -90,6 +101,8 @@ FAMILIES: dict[str, Family] = {
         mlp_out="mlp.dense_4h_to_h",
         attention_in=("self_attention.query_key_value",),
         mlp_in=("mlp.dense_h_to_4h",),
+        width="ffn_hidden_size",
+        heads_shrink=False,
     ),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import NumericalError
+from secateur.models.compact import COMPACT
 from secateur.models.families import Family, family_of, kv_heads, query_heads
 from secateur.models.linear import fast_linear
 
@@ -84,11 +85,16 @@ class LanguageModel:
 
     @property
     def heads_per_layer(self) -> list[int]:
-        return [query_heads(self.model.config)] * len(self.blocks)
+        return [input_width(module, self.family.transposed) // self.head_dim for module in self.attention_outputs]
 
     @property
     def kv_heads_per_layer(self) -> list[int]:
-        return [kv_heads(self.model.config)] * len(self.blocks)
+        own = (
+            [None] * len(self.blocks)
+            if self.compact is None
+            else [size.get("heads") for size in self.compact["layers"]]
+        )
+        return [kv_heads(self.model.config) if groups is None else len(groups) for groups in own]
 
     @property
     def neurons_per_layer(self) -> list[int]:
@@ -96,7 +102,14 @@ class LanguageModel:
 
     @property
     def head_dim(self) -> int:
-        return input_width(self.attention_outputs[0], self.family.transposed) // self.heads_per_layer[0]
+        if self.compact is not None:
+            return int(self.compact["head_dim"])
+        return input_width(self.attention_outputs[0], self.family.transposed) // query_heads(self.model.config)
+
+    @property
+    def compact(self) -> dict[str, Any] | None:
+        """Sizes of a model whose layers differ, see :mod:`secateur.models.compact`; None for any other."""
+        return getattr(self.model.config, COMPACT, None)
 
     @property
     def is_chat(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 from secateur.errors import ModelError, SettingError
+from secateur.models.compact import COMPACT, compact_class
 from secateur.models.families import family_of
 from secateur.models.language_model import LanguageModel, MatmulPrecision
 
@@ -86,7 +87,9 @@ def load(
         options["device_map"] = device_map
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen_dtype, **options)
+        # A compact checkpoint carries code for others; here the same code runs from this package.
+        kind = compact_class(config) if hasattr(config, COMPACT) else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=chosen_dtype, **options)
     except UNREADABLE as error:
         raise ModelError(_unreadable(name, error)) from error
     if chosen_device is not None:
@@ -151,6 +154,21 @@ def _locate(source: str | Path | None) -> tuple[str, str]:
 def _unreadable(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     return f"The model '{name}' cannot be loaded; check the name, the path or the network. ({reason})"
+
+
+def hub_name(model: LanguageModel) -> str:
+    """What others can load a model by: its Hub id, or its name where it has none."""
+    return DEFAULT_HUB_ID if model.source == DEFAULT_MODEL else model.source
+
+
+def gguf_source(model: LanguageModel) -> Path | None:
+    """The GGUF file that a loaded model came from; None for a model from anywhere else."""
+    if model.loaded_with is None:
+        return None
+    source = model.loaded_with["source"]
+    if source in (None, DEFAULT_MODEL):
+        return _default_gguf()
+    return Path(source).expanduser() if source.endswith(".gguf") else None
 
 
 def _default_gguf() -> Path:

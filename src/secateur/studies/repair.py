@@ -92,7 +92,8 @@ class RepairResult:
             return None
         # A plan's file lists its units one by one, which leaves no need for their counts.
         figures = {key: value for key, value in self.as_dict().items() if key not in ("candidates", "units")}
-        return Plan(self.mask, {**figures, **{key: self.run[key] for key in ("settings", "splits", "versions")}})
+        told = ("settings", "splits", "versions", "command")
+        return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
 
     @property
     def notes(self) -> list[str]:

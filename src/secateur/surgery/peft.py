@@ -16,7 +16,7 @@ from secateur.attenuation import Attenuation
 from secateur.errors import MaskError
 from secateur.files import to_json, write_text
 from secateur.models import LanguageModel
-from secateur.models.loading import DEFAULT_HUB_ID, DEFAULT_MODEL
+from secateur.models.loading import hub_name
 from secateur.units import Mask, UnitSpace
 from secateur.weights import AnyMask
 
@@ -32,16 +32,13 @@ def write_adapter(model: LanguageModel, mask: AnyMask, directory: str | Path) ->
     MaskError: it is for another model, uses mean ablation, or removes single weights: factors on activations cannot
         carry those.
     """
-    mask.check(model)
-    if not isinstance(mask, Mask | Attenuation):
-        raise MaskError("An adapter cannot carry single weights that are removed; write a checkpoint instead.")
-    if mask.ablation == "mean":
-        raise MaskError("An IA3 adapter cannot carry the means of removed units; use zero ablation.")
+    check_adapter(model, mask)
+    assert isinstance(mask, Mask | Attenuation)
     vectors = factors(model, mask.gates if isinstance(mask, Attenuation) else mask.keep.astype(np.float32))
     config = {
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": DEFAULT_HUB_ID if model.source == DEFAULT_MODEL else model.source,
+        "base_model_name_or_path": hub_name(model),
         "target_modules": sorted(vectors),
         "feedforward_modules": sorted(vectors),
         "fan_in_fan_out": model.family.transposed,
@@ -53,6 +50,15 @@ def write_adapter(model: LanguageModel, mask: AnyMask, directory: str | Path) ->
     tensors = {f"base_model.model.{name}.ia3_l": vector[None] for name, vector in vectors.items()}  # (1, inputs)
     save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
     write_text(directory / CONFIG_FILE, to_json(config))
+
+
+def check_adapter(model: LanguageModel, mask: AnyMask) -> None:
+    """Refuse what :func:`write_adapter` would, before anything is written."""
+    mask.check(model)
+    if not isinstance(mask, Mask | Attenuation):
+        raise MaskError("An adapter cannot carry single weights that are removed; write a checkpoint (hf) instead.")
+    if mask.ablation == "mean":
+        raise MaskError("An IA3 adapter cannot carry the means of removed units; use zero ablation.")
 
 
 def factors(model: LanguageModel, gates: np.ndarray) -> dict[str, np.ndarray]:
