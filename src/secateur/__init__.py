@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, export, localise, repair
+from secateur.api import apply, audit, compare, export, localise, repair, slim
 from secateur.errors import (
     DataError,
     MaskError,
@@ -25,6 +25,7 @@ from secateur.studies.compare import CompareResult, CompareSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
+from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_names
 from secateur.units import Mask, Unit, UnitSpace, masked
 
@@ -46,6 +47,8 @@ __all__ = [
     "RepairSettings",
     "SecateurError",
     "SettingError",
+    "SlimResult",
+    "SlimSettings",
     "Suite",
     "SuiteError",
     "Unit",
@@ -60,5 +63,6 @@ __all__ = [
     "localise",
     "masked",
     "repair",
+    "slim",
     "suite_names",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,23 +20,26 @@ from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
 from secateur.measures.utility import read_passages
-from secateur.models import LanguageModel
+from secateur.models import LanguageModel, load
 from secateur.progress import Progress
 from secateur.reports.card import render_card
-from secateur.reports.html import render_audit, render_compare, render_repair
+from secateur.reports.html import render_audit, render_compare, render_repair, render_slim
 from secateur.studies import audit as audits
 from secateur.studies import compare as comparisons
 from secateur.studies import localise as localisations
 from secateur.studies import repair as repairs
+from secateur.studies import slim as slims
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
+from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_hash
 from secateur.surgery import FORMATS, check_ablation_fits, check_export
 from secateur.surgery.hub import check_hub, push
+from secateur.surgery.slimming import target_size
 from secateur.weights import AnyMask
 
 SPARE_BYTES = 50_000_000
@@ -364,6 +367,68 @@ def export(
     if push_to_hub is not None:
         push(directory.target, push_to_hub)
     return directory.target
+
+
+def slim(
+    model: LanguageModel,
+    plan: Plan | str | Path | None = None,
+    suite: str | Path | Suite | None = None,
+    *,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> SlimResult:
+    """Make a smaller and faster model, every layer of the same width, and measure it before and after.
+
+    Parameters
+    ----------
+    plan: whose units go first; None to start from the whole model.
+    suite: whose bias is measured; None for the plan's, or the default.
+    output: a directory for ``checkpoint/``, ``slim.json`` and ``report.html``; overwrite: replace it if it exists.
+    settings: fields of :class:`secateur.SlimSettings`, such as ``width=0.8`` or ``kv_heads=2``.
+
+    Raises
+    ------
+    MaskError: the plan cannot be read, was made for another model, or removes no whole units.
+    SuiteError, SettingError, DataError: something asked for is unknown, too small or does not suit the model.
+    OutputError: the directory exists or cannot be written.
+    """
+    chosen = SlimSettings(**settings)
+    chosen.check()
+    loaded = load_plan(plan) if isinstance(plan, str | Path) else plan
+    start = slims.check_plan(model, None if loaded is None else loaded.mask)
+    target_size(model, chosen.width, chosen.multiple, chosen.kv_heads)
+    suite = load_suite(suite if suite is not None or loaded is None else loaded.record.get("suite"))
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model))
+    with writing(directory):
+        checkpoint = directory.staging / "checkpoint"
+        result = slims.slim(model, suite, checkpoint, like(model), start, chosen, progress=progress)
+        record = {**(loaded.record if loaded else {}), **result.plan_record()}
+        slimmed = Plan(result.mask, record)
+        slimmed.save(checkpoint / "secateur")
+        name = directory.target.name
+        write_text(checkpoint / "README.md", render_card(model, slimmed, "hf-uniform", "transformers", name))
+        directory.write_json("slim.json", result.as_dict())
+        write_text(directory.staging / "report.html", render_slim(result))
+    return result
+
+
+def like(model: LanguageModel) -> Callable[[Path], LanguageModel]:
+    """How to load another checkpoint as a model was: its precision, and its device or device map."""
+    told = dict(model.loaded_with or {})
+    spread = told.get("device_map")
+
+    def loading(path: Path) -> LanguageModel:
+        return load(
+            path,
+            dtype=model.dtype,
+            device=None if spread is not None else model.input_device,
+            device_map=spread,
+            matmul_precision=model.matmul_precision,
+        )
+
+    return loading
 
 
 def usual_format(mask: AnyMask) -> str:

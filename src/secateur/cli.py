@@ -388,6 +388,67 @@ def export(
 
 
 @app.command()
+def slim(
+    plan: Annotated[
+        Path | None, typer.Argument(help="A run's directory, or its plan.json, whose units go first [default: none].")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for the checkpoint, slim.json and report.html.")
+    ] = Path("runs/slim"),
+    width: Annotated[float, typer.Option(help="Share of the neurons of every layer to keep.")] = 0.8,
+    kv_groups: Annotated[
+        int | None, typer.Option(help="KV heads of every layer to keep, with their query heads [default: all].")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Neurons per layer are a multiple of this.")] = 8,
+    importance: Annotated[
+        str, typer.Option(help="By which neurons go: loss, data, output, or best (on select).")
+    ] = "best",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Let the kept weights stand in for those that go.")
+    ] = True,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="Whose bias is measured [default: the plan's, or occupations].")
+    ] = None,
+    model: Model = None,
+    utility_text: UtilityText = None,
+    utility_tokens: UtilityTokens = 6144,
+    control_suite: ControlSuite = "control-colour",
+    dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    chat: Chat = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a smaller, faster model, every layer of the same width, and measure it before and after."""
+    import secateur
+    from secateur.reports.terminal import TerminalProgress, slim_table
+
+    told: dict[str, Any] = {
+        "width": width,
+        "kv_heads": kv_groups,
+        "multiple": multiple,
+        "importance": importance,
+        "calibrate": calibrate,
+        **_study_settings(0.02, "zero", utility_text, utility_tokens, 0, control_suite, seed, batch_size, chat),
+    }
+    secateur.SlimSettings(**told).check()
+    loaded_plan = None if plan is None else secateur.load_plan(plan)
+    asked = None if suite is None else _suite(suite)
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
+    result = secateur.slim(
+        loaded, loaded_plan, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+    )
+    console.print(slim_table(result))
+    console.print(escape(result.sentence))
+    console.print(f"Written: {escape(str(output))}/checkpoint, slim.json, report.html")
+
+
+@app.command()
 def show(directory: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Print the result of a run, or what an interrupted one had found."""
     from secateur.reports.terminal import show_lines

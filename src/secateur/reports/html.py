@@ -24,6 +24,7 @@ from secateur.reports.figures import (
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
 from secateur.studies.repair import RepairResult
+from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill
 from secateur.units import Mask
 
@@ -67,6 +68,11 @@ def render_compare(result: CompareResult) -> str:
         pareto_figure=_picture(pareto_figure(result.methods, result.limit)),
         cost_figure=_picture(cost_figure(result.methods)),
     )
+
+
+def render_slim(result: SlimResult) -> str:
+    """The report of a slimmer model, as HTML."""
+    return _render("slim.html.j2", result.run, result=result, example=_example(result.suite))
 
 
 def _render(template: str, run: dict[str, Any], **content: Any) -> str:

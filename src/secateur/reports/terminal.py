@@ -26,6 +26,7 @@ from secateur.studies.compare import CompareResult, MethodResult
 from secateur.studies.localise import LocaliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import Run
+from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill
 
 
@@ -231,6 +232,16 @@ def compare_lines(result: CompareResult) -> list[str]:
             )
     usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
+
+
+def slim_table(result: SlimResult) -> Table:
+    """Before and after of a slimmer model."""
+    table = Table(title=escape(f"Slimmer {result.model}"), box=box.SIMPLE_HEAD)
+    for heading in ("figure", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for row in result.rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
 
 
 def localise_table(result: LocaliseResult, count: int = 15) -> Table:

@@ -26,7 +26,7 @@ from secateur.errors import MaskError, SettingError
 from secateur.models import LanguageModel
 from secateur.models.loading import gguf_source
 from secateur.surgery.pruned import State, check_units, pruned_state
-from secateur.surgery.sizes import Kept, exactly, shrink
+from secateur.surgery.sizes import Kept, exactly, shrink, spread
 from secateur.surgery.vocabulary import add_vocabulary, check_vocabulary
 from secateur.units import Mask, UnitSpace
 from secateur.weights import AnyMask
@@ -207,12 +207,7 @@ def _rows(part: str, kept: Kept, space: UnitSpace, layer: int) -> np.ndarray | N
         "ffn_gate": (kept.neurons, 1, space.neurons[layer]),
         "ffn_up": (kept.neurons, 1, space.neurons[layer]),
     }.get(part, (None, 1, 0))
-    return None if index is None or len(index) == whole else _spread(index, width)
-
-
-def _spread(index: np.ndarray, width: int) -> np.ndarray:
-    """Positions of the rows of units that are ``width`` rows wide."""
-    return np.asarray((index[:, None] * width + np.arange(width)).reshape(-1))
+    return None if index is None or len(index) == whole else spread(index, width)
 
 
 def _output_projection(
@@ -227,7 +222,7 @@ def _output_projection(
     )
     before: Tensor = model.model.get_submodule(f"{family.blocks}.{layer}.{path}").weight  # type: ignore[assignment]
     after = state[f"{family.blocks}.{layer}.{path}.weight"]
-    columns = _spread(index, width)
+    columns = spread(index, width)
     if after.data_ptr() == before.data_ptr():  # removing columns would have made a copy
         return _retyped(tensor.name, np.asarray(tensor.data), tensor.tensor_type, kind)
     numbers = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type).copy()

@@ -138,7 +138,7 @@ def changed_config(model: LanguageModel, changes: dict[str, Any]) -> PretrainedC
 
     Raises
     ------
-    ValueError: the configuration's class refuses the values.
+    StrictDataclassError: the configuration's class refuses the values.
     """
     config = model.model.config
     changed: PretrainedConfig = type(config).from_dict({**config.to_dict(), **changes})

@@ -62,7 +62,7 @@ def evenly(space: UnitSpace, keep: np.ndarray, kv_heads: int, neurons: int) -> l
         per_group = space.heads[layer] // space.kv_heads[layer]
         used = np.asarray(keep[space.head_slice(layer)].reshape(-1, per_group).any(axis=1))
         groups = _filled(used, kv_heads)
-        heads = (groups[:, None] * per_group + np.arange(per_group)).reshape(-1)
+        heads = spread(groups, per_group)
         layers.append(Kept(heads, groups, _filled(keep[space.neuron_slice(layer)], neurons)))
     return layers
 
@@ -96,7 +96,7 @@ def _attention_rows(kept: Kept, space: UnitSpace, layer: int) -> list[np.ndarray
     """Rows of query, key and value that stay, counted as if the three were one below the other."""
     heads, groups = space.heads[layer], space.kv_heads[layer]
     starts = (kept.heads, heads + kept.kv_heads, heads + groups + kept.kv_heads)
-    return [(start[:, None] * space.head_dim + np.arange(space.head_dim)).reshape(-1) for start in starts]
+    return [spread(start, space.head_dim) for start in starts]
 
 
 def _repeated(
@@ -118,6 +118,11 @@ def _take_inputs(state: dict[str, Tensor], path: str, axis: int, index: np.ndarr
     """Keep some input features of a projection."""
     weight = state[f"{path}.weight"]
     state[f"{path}.weight"] = weight.index_select(axis, torch.from_numpy(index).to(weight.device))
+
+
+def spread(index: np.ndarray, width: int) -> np.ndarray:
+    """Positions of what blocks of ``width`` hold, given the blocks."""
+    return np.asarray((index[:, None] * width + np.arange(width)).reshape(-1))
 
 
 def _at_least_one(keep: np.ndarray) -> np.ndarray:

@@ -11,16 +11,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from secateur.errors import MaskError, SettingError
 from secateur.models import LanguageModel
-from secateur.surgery.pruned import changed_config, check_units, pruned_state, save
+from secateur.surgery.pruned import State, changed_config, check_units, pruned_state, save
 from secateur.surgery.sizes import evenly, shrink, widest
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask
 
 
 def write_uniform(
-    model: LanguageModel, mask: AnyMask, directory: str | Path, multiple: int = 8, shard: str | None = None
+    model: LanguageModel,
+    mask: AnyMask,
+    directory: str | Path,
+    multiple: int = 8,
+    shard: str | None = None,
+    weights: State | None = None,
 ) -> None:
     """Write the masked model with fewer neurons and KV groups in every layer.
 
@@ -28,6 +35,7 @@ def write_uniform(
     ----------
     multiple: the number of neurons per layer is one of it.
     shard: largest size of a file, such as "5GB"; None for the library's own.
+    weights: in place of the model's own, by name.
 
     Raises
     ------
@@ -37,6 +45,7 @@ def write_uniform(
     """
     space, (groups, neurons) = UnitSpace.of(model), uniform_size(model, mask, multiple)
     state, switches = pruned_state(model, mask)
+    state.update(weights or {})
     shrink(model, state, evenly(space, check_units(model, mask).keep, groups, neurons))
     config = changed_config(model, {**switches, model.family.width: neurons, **_head_sizes(model, groups)})
     save(model, state, config, directory, shard=shard)
@@ -80,7 +89,7 @@ def fewest_groups(model: LanguageModel, groups: int) -> int:
     for number in range(groups, most):
         try:
             changed_config(model, _head_sizes(model, number))
-        except ValueError:  # Llama's hidden size must be a multiple of the heads
+        except StrictDataclassError:  # Llama's hidden size must be a multiple of the heads
             continue
         return number
     return most
