@@ -93,6 +93,17 @@ def by_llama_cpp(directory: Path, prompts: list[list[int]]) -> tuple[np.ndarray,
     return np.array(found["log_probabilities"]), found["texts"]
 
 
+@torch.no_grad()
+def assert_near_ties(model: LanguageModel, mask: Mask, texts: list[list[int]], written: list[list[int]]) -> None:
+    """Greedy texts are equal, but for a step in which f16 may tip the scales: random weights give many near ties."""
+    for prompt, text, other in zip(PROMPTS, texts, written, strict=False):
+        same = next((i for i, (one, two) in enumerate(zip(text, other, strict=True)) if one != two), None)
+        if same is not None:
+            with masked(model, mask):
+                logits = model.model(input_ids=torch.tensor([prompt + text[:same]])).logits[0, -1]
+            assert float(logits[text[same]] - logits[other[same]]) < 0.02
+
+
 def divergence(one: np.ndarray, other: np.ndarray) -> float:
     """Mean KL of next-token distributions in nats."""
     return float((np.exp(one) * (one - other)).sum(axis=1).mean())
@@ -204,7 +215,7 @@ def test_llama_cpp_finds_the_masked_model(
     found, written = by_llama_cpp(tmp_path, PROMPTS)
     assert divergence(wanted, found) < least
     if quantisation == "f16":
-        assert written == texts
+        assert_near_ties(model, mask, texts, written)
 
 
 @pytest.mark.real
