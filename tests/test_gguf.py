@@ -181,6 +181,58 @@ def test_a_plan_is_applied_to_the_file_that_was_loaded(
     np.testing.assert_allclose(numbers, wanted, atol=5e-3)
 
 
+def qwen2_file(directory: Path) -> Path:
+    """A GGUF file of an architecture whose layers llama.cpp wants alike, put together here."""
+    model = a_model("qwen2")
+    write_gguf(a_model(), Mask.removing(a_model(), []), directory)  # for its tokenizer
+    source = read(directory)
+    writer = gguf.GGUFWriter(directory / "qwen2.gguf", "qwen2")
+    for name, found in source.fields.items():
+        own = name.replace("llama.", "qwen2.") if name.startswith("llama.") else name
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *rest = found.types
+            writer.add_key_value(own, found.contents(), kind, rest[-1] if rest else None)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    for path, value in model.model.state_dict().items():
+        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        assert name is not None
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory / "qwen2.gguf"
+
+
+def test_other_architectures_keep_their_shapes_with_units_zeroed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    model = secateur.load(qwen2_file(tmp_path), device="cpu")
+    mask = some_mask(model)
+    directory = secateur.export(model, secateur.Plan(mask, {}), tmp_path / "pruned", format="gguf", quantisation="keep")
+    other = secateur.load(directory / FILE, device="cpu")
+    assert other.model.config.model_type == "qwen2"
+    assert UnitSpace.of(other) == UnitSpace.of(model)
+    ids = torch.tensor(PROMPTS)
+    with torch.no_grad(), masked(model, mask):
+        wanted = model.model(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(other.model(input_ids=ids).logits, wanted, rtol=0, atol=1e-4)
+    means = ActivationMeans(
+        tuple(np.zeros((4, 8), dtype=np.float32) for _ in range(2)), tuple(np.zeros(48, dtype=np.float32) for _ in "ab")
+    )
+    with pytest.raises(MaskError, match="use zero ablation"):
+        check_export(model, some_mask(model, means), "gguf")
+
+
+def test_scaled_rotary_positions_are_refused() -> None:
+    model = a_model()
+    model.model.config.rope_parameters = {**model.model.config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    with pytest.raises(MaskError, match="Scaled rotary"):
+        check_export(model, some_mask(model), "gguf")
+
+
 def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused() -> None:
     bpe = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
     assert splitting_rule(bpe) == "gpt-2"

@@ -38,7 +38,8 @@ FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.M
 SHRINKS = ("llama", "deci")
 CONVERTED = ("llama", "mistral")
 FILE = "model.gguf"
-LAYER_SIZES = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+FILE_TYPE = "general.file_type"
+ATTENTION_SIZES = ("head_count", "head_count_kv", "key_length", "value_length")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ def write_gguf(model: LanguageModel, mask: AnyMask, directory: str | Path, quant
     else:
         _copy_fields(writer, reader, architecture, written)
         entries = _from_file(model, state, layers, reader, TYPES.get(quantisation))
-    if quantisation != "keep":
+    if quantisation in FILE_TYPES:
         writer.add_file_type(FILE_TYPES[quantisation])
+    elif reader is not None:
+        writer.add_file_type(int(reader.fields[FILE_TYPE].contents()))
     _add_sizes(writer, UnitSpace.of(model), layers, even)
     for entry in entries:
         writer.add_tensor(entry.name, entry.data, raw_dtype=entry.kind)
@@ -112,6 +115,11 @@ def check_gguf(model: LanguageModel, mask: AnyMask, quantisation: str = "f16") -
             raise MaskError(
                 f"Models of type '{kind}' that did not come from a GGUF file are not written as one; export hf or "
                 "hf-uniform and convert the directory with llama.cpp's convert_hf_to_gguf.py."
+            )
+        if model.model.config.rope_parameters.get("rope_type", "default") != "default":
+            raise MaskError(
+                "Scaled rotary positions are not written as GGUF; export hf or hf-uniform and convert the directory "
+                "with llama.cpp's convert_hf_to_gguf.py."
             )
         check_vocabulary(model)
     elif means is not None and not _shrinks(source):
@@ -160,9 +168,10 @@ def _add_sizes(writer: GGUFWriter, space: UnitSpace, layers: list[Kept], even: b
 
 def _copy_fields(writer: GGUFWriter, reader: GGUFReader, architecture: str, written: str) -> None:
     """Copy the metadata of a file, but for what is written anew."""
-    anew = {f"{architecture}.{name}" for name in (*LAYER_SIZES, "attention.key_length", "attention.value_length")}
+    sizes = ("feed_forward_length", *(f"attention.{size}" for size in ATTENTION_SIZES))
+    anew = {"general.architecture", FILE_TYPE, *(f"{architecture}.{size}" for size in sizes)}
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture" or name in anew:
+        if name.startswith("GGUF.") or name in anew:
             continue
         own = f"{written}{name.removeprefix(architecture)}" if name.startswith(f"{architecture}.") else name
         kind, *rest = field.types
@@ -260,19 +269,13 @@ def _output_biases(model: LanguageModel, state: State) -> dict[str, np.ndarray]:
 def _describe(writer: GGUFWriter, model: LanguageModel) -> None:
     """Metadata of a Llama-like model, from its configuration and tokenizer."""
     config: Any = model.model.config
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise MaskError(
-            "Scaled rotary positions are not written as GGUF; export hf or hf-uniform and convert the directory with "
-            "llama.cpp's convert_hf_to_gguf.py."
-        )
     writer.add_name(model.source)
     writer.add_block_count(len(model.blocks))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(model.head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, model)
