@@ -23,6 +23,7 @@ import secateur
 from secateur.attenuation import Attenuation
 from secateur.errors import MaskError, OutputError, SettingError
 from secateur.models import LanguageModel
+from secateur.reports.card import render_card
 from secateur.surgery import FORMATS, check_export, write_compact, write_uniform
 from secateur.surgery.sizes import evenly, exactly, widest
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
@@ -82,7 +83,8 @@ def test_uniform_equals_the_masked_model_and_is_smaller(name: str, tmp_path: Pat
     assert UnitSpace.of(wrapped).neurons == (40, 40)
     assert other.num_parameters() < model.model.num_parameters()
     shrinks = model.family.heads_shrink and model.kv_heads_per_layer[0] > 1
-    assert UnitSpace.of(wrapped).kv_heads == ((1, 1) if shrinks else UnitSpace.of(model).kv_heads)
+    groups = model.kv_heads_per_layer[0]
+    assert UnitSpace.of(wrapped).kv_heads == ((groups // 2 if shrinks else groups,) * 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,6 +139,29 @@ def test_a_compact_model_saves_and_loads_again(tmp_path: Path) -> None:
     two = secateur.load(tmp_path / "two", device="cpu")
     assert two.fingerprint == one.fingerprint
     assert torch.equal(logits(two), logits(one))
+
+
+def test_a_compact_model_can_be_pruned_further_in_place(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    write_compact(model, some_mask(model), tmp_path / "compact")
+    compact = secateur.load(tmp_path / "compact", device="cpu")
+    mask = Mask.removing(compact, [len(UnitSpace.of(compact)) - 1])
+    directory = secateur.export(compact, secateur.Plan(mask, {}), tmp_path / "zeroed")
+    other = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    expected = logits(compact, mask)
+    torch.testing.assert_close(logits(LanguageModel(other, compact.tokenizer, "reloaded")), expected, rtol=0, atol=1e-4)
+    assert "trust_remote_code" in (directory / "README.md").read_text()
+    with pytest.raises(MaskError, match="compact already"):
+        secateur.export(compact, secateur.Plan(mask, {}), tmp_path / "again", format="compact")
+
+
+def test_the_default_models_card_names_its_base() -> None:
+    model = tiny_model("llama")
+    model.source = "SmolLM2-135M-Instruct"
+    card = render_card(model, secateur.Plan(some_mask(model), {}), "hf", "transformers", "me/mine")
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert metadata["base_model_relation"] == "finetune"
 
 
 def test_compact_without_consent_is_refused_by_transformers(tmp_path: Path) -> None:
@@ -234,9 +259,11 @@ def test_formats_refuse_what_they_cannot_carry() -> None:
         (mask, "onnx", {}, "choose one of: hf, peft"),
         (mask, "hf", {"multiple": 8}, "it is one of: hf-uniform"),
         (mask, "hf-uniform", {"multiple": 7}, "The multiple 7 does not divide the 48 neurons"),
-        (mask, "hf-uniform", {"multiple": 0}, "does not divide"),
+        (mask, "hf-uniform", {"multiple": 0}, "at least 1"),
+        (mask, "hf", {"shard": "big"}, "write it as 500MB"),
+        (Mask.removing(model, []), "peft", {}, "nothing to adapt"),
         (whole, "hf-uniform", {}, "secateur slim"),
-        (Mask.removing(model, []), "compact", {}, "removes no unit"),
+        (Mask.removing(model, []), "compact", {}, "nothing gets smaller"),
         (turned_down, "hf", {}, r"as an adapter \(peft\)"),
         (turned_down, "compact", {}, "Only whole units"),
         (Mask.removing(model, [0], means), "peft", {}, "use zero ablation"),
@@ -247,6 +274,9 @@ def test_formats_refuse_what_they_cannot_carry() -> None:
     for given_mask, name, options, message in refused:
         with pytest.raises((MaskError, SettingError), match=message):
             check_export(model, given_mask, name, **options)
+    gpt2 = tiny_model("gpt2")
+    with pytest.raises(MaskError, match="use hf"):  # its heads stay where they are
+        check_export(gpt2, Mask.removing(gpt2, [0]), "compact")
     with pytest.raises(MaskError, match=r"'gpt2' .* convert_hf_to_gguf"):
         check_export(tiny_model("gpt2"), some_mask(tiny_model("gpt2")), "gguf")
 
@@ -279,13 +309,14 @@ def test_the_commands_files_and_card(tmp_path: Path, call: Command) -> None:
         assert secateur.load_plan(output / "secateur").mask == mask
         _, head, body = (output / "README.md").read_text().split("---\n", 2)
         metadata = yaml.safe_load(head)
-        assert metadata["base_model"] == str(tmp_path / "model")
+        assert "base_model" not in metadata  # a path here means nothing to others
         assert metadata["pipeline_tag"] == "text-generation"
         metrics = metadata["model-index"][0]["results"][0]["metrics"]
         assert {metric["type"]: metric["value"] for metric in metrics}["perplexity"] == 10.1
         assert "-50% [-75%, -25%]" in body
         assert "+50.00% [+25.00%, +75.00%]" in body
         assert "<b>" not in body
+        assert ("before the weights were rounded" in body) == (name == "gguf")
         assert "secateur repair --suite 'my suite.yaml'" in body
         assert "neuron 1." in body
     again = call("export", tmp_path / "plan", "-m", tmp_path / "model", "-o", tmp_path / "hf", "--device", "cpu")

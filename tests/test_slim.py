@@ -19,6 +19,7 @@ from secateur.errors import MaskError, SettingError
 from secateur.measures.speed import SpeedComparison, compare_speed
 from secateur.measures.utility import cut
 from secateur.models import LanguageModel
+from secateur.suites import suite_hash
 from secateur.surgery import write_uniform
 from secateur.surgery.reconstruction import cheapest_first, grams, stand_in
 from secateur.surgery.slimming import Size, replaced, slimmings, target_size
@@ -211,6 +212,24 @@ def test_the_command(tmp_path: Path, call: Command) -> None:
     ):
         assert message in call("slim", *told, *extra, "-o", tmp_path / "new").refusal
     assert not list(tmp_path.glob("new*"))
+
+
+def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
+    model = tiny_model("llama")
+    suite = secateur.load_suite("occupations")
+    record = {"suite": "occupations", "settings": {"seed": 3, "utility_text": None, "suite_hash": suite_hash(suite)}}
+    plan = secateur.Plan(Mask.removing(model, [20]), record)
+    found, told = plan.held_out(None, {"seed": None, "width": 0.8})
+    assert found == suite
+    assert told == {"seed": 3, "utility_text": None, "width": 0.8}
+    with pytest.raises(SettingError, match="made with seed 3; with 0"):
+        plan.held_out(None, {"seed": 0})
+    with pytest.raises(SettingError, match="name its file"):
+        secateur.Plan(plan.mask, {"suite": "mine"}).held_out(None, {})
+    changed = secateur.Plan(plan.mask, {"suite": "occupations", "settings": {"suite_hash": "other"}})
+    with pytest.raises(SettingError, match="has changed"):
+        changed.held_out(suite, {})
+    assert secateur.Plan(plan.mask, {}).held_out(suite, {})[1]["seed"] == 0
 
 
 def test_plans_that_cannot_be_slimmed(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def export(
     size = 0 if format == "peft" else checkpoint_bytes(model)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + size)
     with writing(directory):
-        write_permanently(model, plan, directory.staging, format, push_to_hub or directory.target.name, options)
+        write_permanently(model, plan, directory.staging, format, push_to_hub or f"./{directory.target.name}", options)
     if push_to_hub is not None:
         push(directory.target, push_to_hub)
     return directory.target
@@ -394,12 +394,15 @@ def slim(
     SuiteError, SettingError, DataError: something asked for is unknown, too small or does not suit the model.
     OutputError: the directory exists or cannot be written.
     """
+    loaded = load_plan(plan) if isinstance(plan, str | Path) else plan
+    asked = None if suite is None and loaded is not None else load_suite(suite)
+    if loaded is not None:
+        asked, settings = loaded.held_out(asked, settings)
+    suite = load_suite(asked)
     chosen = SlimSettings(**settings)
     chosen.check()
-    loaded = load_plan(plan) if isinstance(plan, str | Path) else plan
     start = slims.check_plan(model, None if loaded is None else loaded.mask)
     target_size(model, chosen.width, chosen.multiple, chosen.kv_heads)
-    suite = load_suite(suite if suite is not None or loaded is None else loaded.record.get("suite"))
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model))
     with writing(directory):
         checkpoint = directory.staging / "checkpoint"
@@ -407,7 +410,7 @@ def slim(
         record = {**(loaded.record if loaded else {}), **result.plan_record()}
         slimmed = Plan(result.mask, record)
         slimmed.save(checkpoint / "secateur")
-        name = directory.target.name
+        name = f"./{directory.target.name}/checkpoint"
         write_text(checkpoint / "README.md", render_card(model, slimmed, "hf-uniform", "transformers", name))
         directory.write_json("slim.json", result.as_dict())
         write_text(directory.staging / "report.html", render_slim(result))
@@ -460,4 +463,4 @@ def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputD
         plan.save(directory.staging)
         usual = usual_format(plan.mask)
         name = "adapter" if usual == "peft" else "checkpoint"
-        write_permanently(model, plan, directory.staging / name, usual, directory.target.name, {})
+        write_permanently(model, plan, directory.staging / name, usual, f"./{directory.target.name}/{name}", {})

@@ -85,7 +85,7 @@ class Attenuation:
     @property
     def summary(self) -> str:
         """What is turned down, in words."""
-        return f"{self.heads_removed} heads, {self.neurons_removed} neurons attenuated"
+        return f"{self.heads_removed} heads, {self.neurons_removed} neurons"
 
     @property
     def key(self) -> bytes:

@@ -337,7 +337,7 @@ def apply(
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     written = secateur.apply(loaded, loaded_plan, output, overwrite=overwrite)
     mask = loaded_plan.mask
-    console.print(f"Written: {escape(str(written))} ({mask.summary} zeroed)")
+    console.print(f"Written: {escape(str(written))} ({mask.summary} {mask.action})")
 
 
 @app.command()
@@ -418,7 +418,9 @@ def slim(
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of splits and intervals [default: the plan's, or 0].")
+    ] = None,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
     overwrite: Overwrite = False,
@@ -433,11 +435,13 @@ def slim(
         "multiple": multiple,
         "importance": importance,
         "calibrate": calibrate,
-        **_study_settings(0.02, "zero", utility_text, utility_tokens, 0, control_suite, seed, batch_size, chat),
+        **_study_settings(0.02, "zero", utility_text, utility_tokens, 0, control_suite, seed or 0, batch_size, chat),
     }
-    secateur.SlimSettings(**told).check()
     loaded_plan = None if plan is None else secateur.load_plan(plan)
     asked = None if suite is None else _suite(suite)
+    if loaded_plan is not None:
+        asked, told = loaded_plan.held_out(asked, {**told, "seed": seed})
+    secateur.SlimSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.slim(

@@ -57,16 +57,17 @@ def _seconds(model: LanguageModel, tokens: int) -> float:
     prompt = torch.arange(1, CONTEXT + 1)[None] % vocabulary
     begin = time.perf_counter()
     plain: Any = model.model
-    plain.generate(
-        prompt.to(model.input_device),
-        attention_mask=torch.ones_like(prompt).to(model.input_device),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
+    with model.arithmetic():
+        plain.generate(
+            prompt.to(model.input_device),
+            attention_mask=torch.ones_like(prompt).to(model.input_device),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
     if model.input_device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import NumericalError
+from secateur.errors import ModelError, NumericalError
 from secateur.models.compact import COMPACT
 from secateur.models.families import Family, family_of, kv_heads, query_heads
 from secateur.models.linear import fast_linear
@@ -139,6 +139,11 @@ class LanguageModel:
         config = self.model.config
         digest.update(f"{config.model_type}|{len(self.blocks)}|{config.hidden_size}|{config.vocab_size}".encode())
         for name, weight in sorted(self.model.named_parameters()):
+            if weight.is_meta:
+                raise ModelError(
+                    "Some weights are offloaded to the CPU or the disk; load the model with a device map that keeps "
+                    "all of them on devices."
+                )
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode())

@@ -161,6 +161,11 @@ def hub_name(model: LanguageModel) -> str:
     return DEFAULT_HUB_ID if model.source == DEFAULT_MODEL else model.source
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a model on the Hub, and is no path here."""
+    return HUB_ID.fullmatch(name) is not None and "/" in name and not Path(name).exists() and not name.endswith(".gguf")
+
+
 def gguf_source(model: LanguageModel) -> Path | None:
     """The GGUF file that a loaded model came from; None for a model from anywhere else."""
     if model.loaded_with is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -11,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import secateur
 from secateur.models import LanguageModel
-from secateur.models.loading import hub_name
+from secateur.models.loading import hub_name, is_hub_id
 from secateur.studies.plan import Plan
 
 LOADING = {
@@ -57,9 +58,10 @@ def render_card(model: LanguageModel, plan: Plan, name: str, library: str, here:
         figures=_figures(record),
         verdict=record.get("verdict", ""),
         explanation=record.get("explanation", ""),
-        command=shlex.join(["secateur", *map(str, record.get("command", [])[1:])]) if record.get("command") else "",
+        command=_command(record.get("command", [])),
+        quantised=name == "gguf",
         how=_how(record),
-        loading=LOADING[name].format(here=here, base=base),
+        loading=LOADING["compact" if name == "hf" and model.compact is not None else name].format(here=here, base=base),
     )
     return f"---\n{_metadata(record, base, name, library, here, suite).to_yaml()}\n---\n{text}"
 
@@ -72,9 +74,9 @@ def plain_markdown(value: Any) -> str:
 
 def _metadata(record: dict[str, Any], base: str, name: str, library: str, here: str, suite: str) -> ModelCardData:
     relation = {"peft": "adapter", "gguf": "quantized"}.get(name, "finetune")
+    known: dict[str, Any] = {"base_model": base, "base_model_relation": relation} if is_hub_id(base) else {}
     return ModelCardData(
-        base_model=base,
-        base_model_relation=relation,
+        **known,
         pipeline_tag="text-generation",
         library_name=library,
         tags=["secateur", "pruning", "fairness", "bias"],
@@ -141,6 +143,13 @@ def _between(interval: dict[str, float]) -> str:
 def _fall(reduction: float) -> str:
     """A reduction as the change that it is."""
     return f"{-reduction:+.0%}"
+
+
+def _command(told: list[Any]) -> str:
+    """The command line that made the plan; empty where it was made from Python."""
+    if not told or Path(str(told[0])).name != "secateur":
+        return ""
+    return shlex.join(["secateur", *map(str, told[1:])])
 
 
 def _removed(plan: Plan) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.attenuation import Attenuation
-from secateur.errors import MaskError
+from secateur.errors import MaskError, SettingError, SuiteError
 from secateur.files import to_json, write_text
 from secateur.models import LanguageModel
+from secateur.suites import Suite, load_suite, suite_hash
 from secateur.weights import AnyMask, WeightMask, load_mask
 
 PLAN_FORMAT = "secateur-plan-1"
@@ -55,6 +56,41 @@ class Plan:
             **self.record,
         }
         write_text(directory / PLAN_FILE, to_json(content))
+
+    def held_out(self, suite: Suite | None, settings: dict[str, Any]) -> tuple[Suite, dict[str, Any]]:
+        """Suite and settings under which the test parts are those that the plan has not seen.
+
+        Parameters
+        ----------
+        suite: another than the plan's, or None for it.
+        settings: of a study; a seed or utility text that is None or missing becomes the plan's.
+
+        Raises
+        ------
+        SettingError: the plan's suite is not there as it was, or a setting would test on what the plan was fitted on.
+        """
+        told = self.record.get("settings", {})
+        if suite is None:
+            name = self.record.get("suite")
+            try:
+                suite = load_suite(name)
+            except SuiteError as error:
+                raise SettingError(
+                    f"The plan's suite '{name}' is not a built-in one; name its file (--suite)."
+                ) from error
+        chosen = dict(settings)
+        for key in ("seed", "utility_text"):
+            own = told.get(key)
+            if chosen.get(key) is None:
+                chosen[key] = own
+            elif key in told and str(chosen[key]) != str(own):
+                raise SettingError(
+                    f"The plan was made with {key} {own}; with {chosen[key]} it would be tested on what it was fitted "
+                    "on. Leave it out."
+                )
+        if suite.name == self.record.get("suite") and told.get("suite_hash", suite_hash(suite)) != suite_hash(suite):
+            raise SettingError(f"The suite '{suite.name}' has changed since the plan was made.")
+        return suite, {**chosen, "seed": chosen["seed"] or 0}
 
 
 def _removed(mask: AnyMask) -> dict[str, Any]:

@@ -163,6 +163,7 @@ class SlimResult:
         figures = self.as_dict()
         told = {key: figures[key] for key in ("model", "suite", "test", "utility")}
         run = {key: self.run[key] for key in ("settings", "versions", "command")}
+        run["settings"] = {key: value for key, value in run["settings"].items() if key != "max_perplexity_increase"}
         return {**told, **run, "method": "slim", "verdict": "measured", "explanation": self.sentence}
 
     def as_dict(self) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def slim(
     return SlimResult(
         model=model.source,
         suite=suite,
-        size=size,
+        size=Size(slimmer.kv_heads_per_layer[0], slimmer.neurons_per_layer[0]),
         mask=chosen.mask,
         space=UnitSpace.of(model),
         candidates=candidates,

@@ -58,10 +58,20 @@ def write_compact(model: LanguageModel, mask: AnyMask, directory: str | Path, sh
     config = changed_config(model, {**switches, compact.COMPACT: sizes})
     config.auto_map = {"AutoModelForCausalLM": f"{CODE}.{compact.CompactForCausalLM.__name__}"}
     save(model, state, config, directory, compact.compact_class(config), shard)
+    write_code(directory)
+
+
+def write_code(directory: str | Path) -> None:
+    """Write the code that transformers loads a compact checkpoint with."""
     write_text(Path(directory) / f"{CODE}.py", inspect.getsource(compact))
 
 
 def check_compact(model: LanguageModel, mask: AnyMask, **_: Any) -> None:
     """Refuse what :func:`write_compact` would, before anything is written."""
-    if check_units(model, mask).is_empty:
-        raise MaskError("The plan removes no unit, so nothing gets smaller.")
+    keep, space = check_units(model, mask).keep, UnitSpace.of(model)
+    layers = exactly(space, keep, model.family.heads_shrink)
+    sizes = [(len(kept.heads), len(kept.neurons)) for kept in layers]
+    if sizes == list(zip(space.heads, space.neurons, strict=True)):
+        raise MaskError(
+            "Nothing that this plan removes can leave a layer of this family, so nothing gets smaller; use hf."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from secateur.errors import MaskError, SettingError
 from secateur.models import LanguageModel
 from secateur.surgery.compact import check_compact, write_compact
-from secateur.surgery.gguf import check_gguf, write_gguf
+from secateur.surgery.gguf import check_gguf, check_quantisation, write_gguf
 from secateur.surgery.hf import write_checkpoint
 from secateur.surgery.peft import check_adapter, write_adapter
 from secateur.surgery.pruned import check_removal
@@ -52,7 +53,7 @@ def format_named(name: str, options: dict[str, Any]) -> Format:
 
     Raises
     ------
-    SettingError: the name is unknown, or the format has no such setting.
+    SettingError: the name is unknown, or the format has no such setting or value.
     """
     if name not in FORMATS:
         raise SettingError(f"Unknown format '{name}'; choose one of: {', '.join(FORMATS)}.")
@@ -61,6 +62,12 @@ def format_named(name: str, options: dict[str, Any]) -> Format:
         if option not in found.options:
             fitting = ", ".join(other for other, one in FORMATS.items() if option in one.options)
             raise SettingError(f"The format {name} has no setting {option}; it is one of: {fitting}.")
+    shard, multiple = options.get("shard"), options.get("multiple", 1)
+    if shard is not None and not re.fullmatch(r"\d+[KMGT]?B", str(shard)):
+        raise SettingError(f"'{shard}' is no size of a file; write it as 500MB or 5GB.")
+    if multiple < 1:
+        raise SettingError(f"A multiple must be at least 1, not {multiple}.")
+    check_quantisation(options.get("quantisation", "f16"))
     return found
 
 

@@ -79,12 +79,10 @@ def write_gguf(model: LanguageModel, mask: AnyMask, directory: str | Path, quant
         _describe(writer, model)
         entries = _from_weights(model, state, layers, TYPES[quantisation])
     else:
-        _copy_fields(writer, reader, architecture, written)
+        _copy_fields(writer, reader, architecture, written, same_type=quantisation == "keep")
         entries = _from_file(model, state, layers, reader, TYPES.get(quantisation))
     if quantisation in FILE_TYPES:
         writer.add_file_type(FILE_TYPES[quantisation])
-    elif reader is not None:
-        writer.add_file_type(int(reader.fields[FILE_TYPE].contents()))
     _add_sizes(writer, UnitSpace.of(model), layers, even)
     for entry in entries:
         writer.add_tensor(entry.name, entry.data, raw_dtype=entry.kind)
@@ -101,10 +99,7 @@ def check_gguf(model: LanguageModel, mask: AnyMask, quantisation: str = "f16") -
     ------
     MaskError, SettingError: see :func:`write_gguf`.
     """
-    if quantisation not in get_args(Quantisation):
-        raise SettingError(
-            f"Unknown quantisation '{quantisation}'; choose one of: {', '.join(get_args(Quantisation))}."
-        )
+    check_quantisation(quantisation)
     means = check_units(model, mask).means
     source = gguf_source(model)
     if source is None:
@@ -124,6 +119,12 @@ def check_gguf(model: LanguageModel, mask: AnyMask, quantisation: str = "f16") -
         check_vocabulary(model)
     elif means is not None and not _shrinks(source):
         raise MaskError("This GGUF file's architecture has no bias that could carry means; use zero ablation.")
+
+
+def check_quantisation(name: str) -> None:
+    """Refuse a quantisation of an unknown name."""
+    if name not in get_args(Quantisation):
+        raise SettingError(f"Unknown quantisation '{name}'; choose one of: {', '.join(get_args(Quantisation))}.")
 
 
 def _shrinks(source: Path) -> bool:
@@ -166,10 +167,11 @@ def _add_sizes(writer: GGUFWriter, space: UnitSpace, layers: list[Kept], even: b
     writer.add_value_length(space.head_dim)
 
 
-def _copy_fields(writer: GGUFWriter, reader: GGUFReader, architecture: str, written: str) -> None:
+def _copy_fields(writer: GGUFWriter, reader: GGUFReader, architecture: str, written: str, *, same_type: bool) -> None:
     """Copy the metadata of a file, but for what is written anew."""
     sizes = ("feed_forward_length", *(f"attention.{size}" for size in ATTENTION_SIZES))
-    anew = {"general.architecture", FILE_TYPE, *(f"{architecture}.{size}" for size in sizes)}
+    anew = {"general.architecture", "general.alignment", *(f"{architecture}.{size}" for size in sizes)}
+    anew |= set() if same_type else {FILE_TYPE}
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name in anew:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.models import LanguageModel
+from secateur.surgery.compact import write_code
 from secateur.surgery.pruned import changed_config, pruned_state, save, shard_size
 from secateur.weights import AnyMask
 
@@ -29,3 +30,5 @@ def write_checkpoint(model: LanguageModel, mask: AnyMask, directory: str | Path,
     else:
         model.model.save_pretrained(directory, state_dict=state, **shard_size(shard))
         model.tokenizer.save_pretrained(directory)
+    if model.compact is not None:
+        write_code(directory)

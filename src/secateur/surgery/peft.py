@@ -57,6 +57,8 @@ def check_adapter(model: LanguageModel, mask: AnyMask) -> None:
     mask.check(model)
     if not isinstance(mask, Mask | Attenuation):
         raise MaskError("An adapter cannot carry single weights that are removed; write a checkpoint (hf) instead.")
+    if mask.is_empty:
+        raise MaskError("The plan changes no unit, so there is nothing to adapt.")
     if mask.ablation == "mean":
         raise MaskError("An IA3 adapter cannot carry the means of removed units; use zero ablation.")
 

@@ -40,7 +40,7 @@ class Slimming:
     Attributes
     ----------
     mask: of all units that go, those of the plan first.
-    weights: output projections by the name of the weight, in their whole shape, removed inputs zero.
+    weights: output projections by the name of the weight, in their whole shape, removed inputs zero; on the CPU.
     importance, ridge: how it was made; ridge None for weights left as they were.
     """
 
@@ -128,7 +128,7 @@ def slimmings(
             inputs = spread(kept, space.head_dim) if is_attention else kept
             for ridge in ridges:
                 columns = weight[:, inputs] if ridge is None else stand_in(gram, weight, inputs, ridge)
-                weights[importance, ridge][name] = _whole(model, weight, columns, inputs)
+                weights[importance, ridge][name] = _whole(model, weight, columns, inputs).cpu()
     if not heads_go:
         for keep in keeps.values():
             keep[: space.n_heads] = start.keep[: space.n_heads]
@@ -151,7 +151,7 @@ def replaced(model: LanguageModel, weights: dict[str, Tensor]) -> Iterator[None]
     own = {name: model.model.get_parameter(name).data for name in weights}
     try:
         for name, value in weights.items():
-            model.model.get_parameter(name).data = value
+            model.model.get_parameter(name).data = value.to(own[name].device)
         yield
     finally:
         for name, value in own.items():
