@@ -48,6 +48,8 @@ def write_adapter(model: LanguageModel, mask: AnyMask, directory: str | Path) ->
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}.ia3_l": vector[None] for name, vector in vectors.items()}  # (1, inputs)
+    if isinstance(mask, Mask):  # 0 and 1 are exact in half the space
+        tensors = {name: vector.astype(np.float16) for name, vector in tensors.items()}
     save_file(tensors, str(directory / WEIGHTS_FILE), metadata={"format": "pt"})
     write_text(directory / CONFIG_FILE, to_json(config))
 
