@@ -245,7 +245,7 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused() -> None:
             splitting_rule(other)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "mistral", "llama-mha"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "mistral"])
 @pytest.mark.parametrize(("quantisation", "least"), [("f16", 1e-3), ("q8_0", 1e-2)])
 @pytest.mark.parametrize("mean", [False, True], ids=["zero", "mean"])
 def test_llama_cpp_finds_the_masked_model(

@@ -12,7 +12,8 @@ import torch
 from command import Command, save_model, write_suite, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import NAMES, all_logits, tiny_model
+from tiny import NAMES, all_logits, tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import MaskError, SettingError
@@ -161,7 +162,9 @@ def test_sizes_that_fit(name: str) -> None:
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused() -> None:
-    model = tiny_model("llama-mha")
+    config = tiny_config("llama")
+    config.num_key_value_heads = 4
+    model = LanguageModel(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "tiny")
     with pytest.raises(SettingError, match="keep 4 or more"):
         target_size(model, 0.8, kv_heads=3)
     assert target_size(model, 0.8, kv_heads=2).kv_heads == 2

@@ -22,7 +22,7 @@ from secateur.units import ActivationMeans, Mask, Unit, UnitSpace, masked
 
 UNITS = (Unit("head", 0, 1), Unit("head", 1, 3), Unit("neuron", 0, 5), Unit("neuron", 0, 40), Unit("neuron", 1, 0))
 HEAD, NEURON = UNITS[0], UNITS[2]
-BIASED = ("llama", "llama-mqa", "llama-mha", "llama-tied", "llama-biased", "granite", "smollm3", "falcon-multihead")
+BIASED = ("llama", "llama-mqa", "llama-tied", "llama-biased", "granite", "smollm3", "falcon-multihead")
 CARRIES_MEANS = tuple(n for n in NAMES if n in BIASED or n.split("-")[0] in ("gpt2", "gpt_neo", "gpt_neox", "opt"))
 PLAIN_LOAD = """
 import sys, torch

@@ -49,7 +49,6 @@ OPT: dict[str, Any] = {"ffn_dim": NEURONS, "init_std": 0.2, "activation_function
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": GLU,
     "llama-mqa": {**GLU, "num_key_value_heads": 1},
-    "llama-mha": {**GLU, "num_key_value_heads": 4},
     "llama-tied": {**GLU, "tie_word_embeddings": True},
     "llama-biased": {**GLU, **BIASED},
     "mistral": {**GLU, "sliding_window": LONG_WINDOW},
