@@ -141,7 +141,7 @@ def repair(
         with _actors(ray, model, progress) as cluster:
             return repairs.repair(model, suite, chosen, progress=progress, cluster=cluster)
     check_ablation_fits(model, chosen.ablation)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model), carry_on=True)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes, carry_on=True)
     key = _run_key("repair", model, suite, chosen)
     with writing(directory, carry_on=True):
         if _left_by(directory, key) is not None:
@@ -360,7 +360,7 @@ def export(
     check_export(model, plan.mask, format, **options)
     if push_to_hub is not None:
         check_hub(push_to_hub)
-    size = 0 if format == "peft" else checkpoint_bytes(model)
+    size = 0 if format == "peft" else model.weight_bytes
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + size)
     with writing(directory):
         write_permanently(model, plan, directory.staging, format, push_to_hub or f"./{directory.target.name}", options)
@@ -403,15 +403,13 @@ def slim(
     chosen.check()
     start = slims.check_plan(model, None if loaded is None else loaded.mask)
     target_size(model, chosen.width, chosen.multiple, chosen.kv_heads)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + checkpoint_bytes(model))
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes)
     with writing(directory):
         checkpoint = directory.staging / "checkpoint"
         result = slims.slim(model, suite, checkpoint, like(model), start, chosen, progress=progress)
         record = {**(loaded.record if loaded else {}), **result.plan_record()}
-        slimmed = Plan(result.mask, record)
-        slimmed.save(checkpoint / "secateur")
         name = f"./{directory.target.name}/checkpoint"
-        write_text(checkpoint / "README.md", render_card(model, slimmed, "hf-uniform", "transformers", name))
+        _write_record(model, Plan(result.mask, record), checkpoint, "hf-uniform", name)
         directory.write_json("slim.json", result.as_dict())
         write_text(directory.staging / "report.html", render_slim(result))
     return result
@@ -443,15 +441,14 @@ def write_permanently(
     model: LanguageModel, plan: Plan, directory: Path, format: str, name: str, options: dict[str, Any]
 ) -> None:
     """Write a plan in a format, with the plan and a model card beside the weights."""
-    chosen = FORMATS[format]
-    chosen.write(model, plan.mask, directory, **options)
+    FORMATS[format].write(model, plan.mask, directory, **options)
+    _write_record(model, plan, directory, format, name)
+
+
+def _write_record(model: LanguageModel, plan: Plan, directory: Path, format: str, name: str) -> None:
+    """Write the plan and a model card beside the weights of a format."""
     plan.save(directory / "secateur")  # apart: some loaders take every safetensors file beside a config for weights
-    write_text(directory / "README.md", render_card(model, plan, format, chosen.library, name))
-
-
-def checkpoint_bytes(model: LanguageModel) -> int:
-    """Size of the model's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    write_text(directory / "README.md", render_card(model, plan, format, FORMATS[format].library, name))
 
 
 def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputDirectory) -> None:

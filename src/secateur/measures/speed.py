@@ -74,7 +74,6 @@ def _seconds(model: LanguageModel, tokens: int) -> float:
 
 
 def memory_bytes(model: LanguageModel, context: int = 1024) -> int:
-    """Bytes of the weights, each counted once, and of the keys and values of one sequence."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    """Bytes of the weights and of the keys and values of one sequence."""
     cached = 2 * sum(model.kv_heads_per_layer) * model.head_dim * context
-    return weights + cached * torch.empty(0, dtype=model.dtype).element_size()
+    return model.weight_bytes + cached * torch.empty(0, dtype=model.dtype).element_size()

@@ -124,6 +124,11 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, in memory and as a checkpoint stores them: tied ones count once."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+    @property
     def is_exact(self) -> bool:
         """Whether products are taken in full fp32, so that figures hardly depend on the shapes of passes."""
         return self.dtype in (torch.float32, torch.float64) and self.matmul_precision == "highest"

@@ -264,7 +264,7 @@ def slim(
         perplexity_after=perplexity(after.test.nll, text),
         perplexity_increase=perplexity_increase(before.test.nll, after.test.nll, text, settings.seed),
         parameters=(_parameters(model), _parameters(slimmer)),
-        file_bytes=(_stored_bytes(model), sum(file.stat().st_size for file in directory.glob("*.safetensors"))),
+        file_bytes=(model.weight_bytes, sum(file.stat().st_size for file in directory.glob("*.safetensors"))),
         memory_bytes=(memory_bytes(model), memory_bytes(slimmer)),
         speed=speed,
         run=recorder.describe(told),
@@ -319,8 +319,3 @@ def _pair(values: tuple[int, int], unit: float, name: str) -> tuple[str, str, st
 
 def _parameters(model: LanguageModel) -> int:
     return sum(parameter.numel() for parameter in model.model.parameters())
-
-
-def _stored_bytes(model: LanguageModel) -> int:
-    """Bytes of the weights as a checkpoint stores them: tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())

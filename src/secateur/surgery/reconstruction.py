@@ -41,16 +41,20 @@ def grams(
 
     The text is read as often as needed for no more than ``memory`` bytes of matrices at a time.
     """
-    largest = max(4 * input_width(module, model.family.transposed) ** 2 for module in modules)
-    at_once = max(1, memory // largest)
+    at_once = _at_once(model, modules, memory)
     for start in range(0, len(modules), at_once):
         yield from _grams(model, text, modules[start : start + at_once], advance)
 
 
 def passes(model: LanguageModel, modules: Sequence[nn.Module], memory: int = GRAM_BYTES) -> int:
     """How often :func:`grams` reads the text."""
+    return -(-len(modules) // _at_once(model, modules, memory))
+
+
+def _at_once(model: LanguageModel, modules: Sequence[nn.Module], memory: int) -> int:
+    """How many Gram matrices fit into the memory, at least one."""
     largest = max(4 * input_width(module, model.family.transposed) ** 2 for module in modules)
-    return -(-len(modules) // max(1, memory // largest))
+    return max(1, memory // largest)
 
 
 def _grams(model: LanguageModel, text: NeutralText, modules: Sequence[nn.Module], advance: Advance) -> list[Tensor]:
