@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, export, localise, repair, slim
+from secateur.api import apply, audit, compare, export, generalise, localise, repair, slim
 from secateur.errors import (
     DataError,
     MaskError,
@@ -22,6 +22,7 @@ from secateur.errors import (
 from secateur.models import LanguageModel, load
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings
+from secateur.studies.generalise import GeneraliseResult, GeneraliseSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
@@ -34,6 +35,8 @@ __all__ = [
     "CompareResult",
     "CompareSettings",
     "DataError",
+    "GeneraliseResult",
+    "GeneraliseSettings",
     "LanguageModel",
     "LocaliseResult",
     "LocaliseSettings",
@@ -57,6 +60,7 @@ __all__ = [
     "audit",
     "compare",
     "export",
+    "generalise",
     "load",
     "load_plan",
     "load_suite",

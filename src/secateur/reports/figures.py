@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
+from secateur.studies.generalise import Cell, GeneraliseResult
 from secateur.units import UnitSpace
 
 BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
@@ -244,3 +245,106 @@ def cost_figure(methods: list[MethodResult]) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed")
     return _style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens")
+
+
+def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
+    """Held-out change of B of one method, by source (rows) and target (columns); stars are proven."""
+    cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
+    sources = list(dict.fromkeys(source for source, _ in cells))
+    targets = [suite.name for suite in result.suites]
+    grid = [[cells.get((source, target)) for target in targets] for source in sources]
+
+    def change(reduction: float) -> float:
+        return float(np.round(0 - 100 * reduction, 1))
+
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=[escape(target) for target in targets],
+        y=[escape(source) for source in sources],
+        z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
+        zmin=-100,
+        zmax=100,
+        colorscale=[[0, AFTER], [0.5, "#f5f5f4"], [1, BEFORE]],
+        colorbar={"title": "change<br>of B, %", "thickness": 12},
+        text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
+        texttemplate="%{text}",
+        textfont={"color": "#1c1917"},
+        customdata=[
+            [
+                [""] * 3
+                if cell is None
+                else [
+                    f"B {cell.before.value:.2f} to {cell.after.value:.2f}",
+                    f"{change(cell.reduction.high):+.0f} to {change(cell.reduction.low):+.0f} %",
+                    cell.relation,
+                ]
+                for cell in row
+            ]
+            for row in grid
+        ],
+        hovertemplate="fitted on %{y}<br>judged on %{x} (%{customdata[2]})<br>%{customdata[0]}, %{z:+.0f} % "
+        "[%{customdata[1]}]<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed", title_text="fitted on")
+    figure.update_xaxes(title_text="judged on", tickangle=-40)
+    return _style(figure, 190 + 34 * len(sources))
+
+
+def _cell_label(reduction: float, cell: Cell) -> str:
+    number = f"{0 - 100 * reduction:+.0f}"
+    return f"<b>{number}*</b>" if cell.proven else number if cell.to_repair else f"<i>({number})</i>"
+
+
+def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
+    """Jaccard's index of the units of every two suites, with what chance gives in the hover."""
+    found = [one for one in result.agreements if one.method == name]
+    names = [suite.name for suite in result.suites if any(suite.name in (one.one, one.other) for one in found)]
+    place = {suite: number for number, suite in enumerate(names)}
+    z = np.full((len(names), len(names)), np.nan)
+    hover = [["" for _ in names] for _ in names]
+    for one in found:
+        words = f"{one.found.shared} shared; by chance {one.found.by_chance:.3f}, p (Holm) {one.p_holm:.3g}"
+        for row, column in ((one.one, one.other), (one.other, one.one)):
+            z[place[row], place[column]] = round(one.found.jaccard, 3)
+            hover[place[row]][place[column]] = words
+    labels = [escape(suite) for suite in names]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=labels,
+        y=labels,
+        z=[[None if np.isnan(value) else value for value in row] for row in z.tolist()],
+        zmin=0,
+        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorbar={"title": "Jaccard", "thickness": 12},
+        texttemplate="%{z:.2f}",
+        textfont={"color": "#1c1917"},
+        customdata=hover,
+        hovertemplate="%{y} and %{x}<br>Jaccard %{z:.3f}: %{customdata}<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(tickangle=-40)
+    return _style(figure, 170 + 32 * len(names))
+
+
+def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
+    """How many units every source's repair removes in every layer."""
+    sources = list(layers)
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=list(range(max((len(counts) for counts in layers.values()), default=0))),
+        y=[escape(source) for source in sources],
+        z=[layers[source] for source in sources],
+        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorbar={"title": "units", "thickness": 12},
+        hovertemplate="%{y}, layer %{x}: %{z} units<extra></extra>",
+        xgap=1,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed")
+    return _style(figure, 120 + 28 * len(sources), xaxis_title="layer")

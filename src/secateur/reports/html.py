@@ -14,8 +14,11 @@ from plotly.offline import get_plotlyjs
 import secateur
 from secateur.attenuation import Attenuation
 from secateur.reports.figures import (
+    agreement_figure,
     candidates_figure,
     cost_figure,
+    layers_figure,
+    matrix_figure,
     pareto_figure,
     scenario_figure,
     units_figure,
@@ -23,6 +26,7 @@ from secateur.reports.figures import (
 )
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
+from secateur.studies.generalise import GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill
@@ -68,6 +72,20 @@ def render_compare(result: CompareResult) -> str:
         pareto_figure=_picture(pareto_figure(result.methods, result.limit)),
         cost_figure=_picture(cost_figure(result.methods)),
     )
+
+
+def render_generalise(result: GeneraliseResult) -> str:
+    """The report of where repairs hold, as HTML."""
+    pictures = {
+        name: {
+            "matrix": _picture(matrix_figure(result, name)),
+            "agreement": _picture(agreement_figure(result, name)),
+            "layers": _picture(layers_figure(result.layers[name])),
+        }
+        for name in result.methods
+    }
+    examples = [(suite, _example(suite)) for suite in result.suites]
+    return _render("generalise.html.j2", result.run, result=result, pictures=pictures, examples=examples)
 
 
 def render_slim(result: SlimResult) -> str:
