@@ -250,8 +250,9 @@ def cost_figure(methods: list[MethodResult]) -> go.Figure:
 def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
     """Held-out change of B of one method, by source (rows) and target (columns); stars are proven."""
     cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
-    sources = list(dict.fromkeys(source for source, _ in cells))
     targets = [suite.name for suite in result.suites]
+    others = sorted({source for source, _ in cells} - set(targets))
+    sources = [name for name in targets if any(source == name for source, _ in cells)] + others
     grid = [[cells.get((source, target)) for target in targets] for source in sources]
 
     def change(reduction: float) -> float:
@@ -268,7 +269,6 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         colorbar={"title": "change<br>of B, %", "thickness": 12},
         text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
         texttemplate="%{text}",
-        textfont={"color": "#1c1917"},
         customdata=[
             [
                 [""] * 3
@@ -320,7 +320,6 @@ def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
         colorscale=[[0, "#f5f5f4"], [1, AFTER]],
         colorbar={"title": "Jaccard", "thickness": 12},
         texttemplate="%{z:.2f}",
-        textfont={"color": "#1c1917"},
         customdata=hover,
         hovertemplate="%{y} and %{x}<br>Jaccard %{z:.3f}: %{customdata}<extra></extra>",
         hoverongaps=False,
@@ -347,4 +346,5 @@ def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
         ygap=2,
     )
     figure.update_yaxes(autorange="reversed")
-    return _style(figure, 120 + 28 * len(sources), xaxis_title="layer")
+    figure.update_xaxes(title_text="layer", tickformat="d")
+    return _style(figure, 120 + 28 * len(sources))
