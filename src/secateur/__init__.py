@@ -22,9 +22,10 @@ from secateur.errors import (
 from secateur.models import LanguageModel, load
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings
-from secateur.studies.generalise import GeneraliseResult, GeneraliseSettings
+from secateur.studies.generalise import GeneraliseSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
+from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_names

@@ -32,10 +32,11 @@ from secateur.studies import repair as repairs
 from secateur.studies import slim as slims
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
-from secateur.studies.generalise import Fit, GeneraliseResult, GeneraliseSettings
+from secateur.studies.generalise import GeneraliseSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
+from secateur.studies.reach import Fit, GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_hash

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
-from secateur.studies.generalise import Cell, GeneraliseResult
+from secateur.studies.reach import Cell, GeneraliseResult
 from secateur.units import UnitSpace
 
 BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"

@@ -26,7 +26,7 @@ from secateur.reports.figures import (
 )
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
-from secateur.studies.generalise import GeneraliseResult
+from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill

@@ -23,8 +23,8 @@ from secateur.progress import Advance, Progress
 from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, MethodResult
-from secateur.studies.generalise import GENERALISE_FORMAT, Cell, GeneraliseResult
 from secateur.studies.localise import LocaliseResult
+from secateur.studies.reach import GENERALISE_FORMAT, Cell, GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import Run
 from secateur.studies.slim import SlimResult
