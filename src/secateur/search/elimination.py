@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -49,6 +49,9 @@ class Elimination(Settings):
     rounds: Annotated[int, Field(ge=0)] = 6
     more_rounds: Annotated[int, Field(ge=0)] = 0
     memory: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def cheaper(self) -> dict[str, Any]:
+        return {"max_heads": 1, "max_neurons": 16, "rounds": 3}
 
     def model_post_init(self, context: object) -> None:
         if self.max_heads + self.max_neurons + self.rounds == 0:

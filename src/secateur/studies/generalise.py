@@ -33,7 +33,8 @@ Mode = Literal["across", "attributes", "languages", "joint", "specific", "within
 MODES: tuple[Mode, ...] = get_args(Mode)
 PAIRED: tuple[Mode, ...] = ("across", "attributes", "languages")
 ALL_BUT = "all but "
-QUICK_MARKERS = 6
+QUICK_MARKERS = 4
+QUICK_TEST_MARKERS = 6
 QUICK_TOKENS = 1536
 SUITES_TO_JOIN = 3
 LEAST_TO_JUDGE = 2  # markers of every group
@@ -84,7 +85,7 @@ class GeneraliseSettings(StudySettings):
         return replace(
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
-            max_test_markers=min(self.max_test_markers or QUICK_MARKERS, QUICK_MARKERS),
+            max_test_markers=min(self.max_test_markers or QUICK_TEST_MARKERS, QUICK_TEST_MARKERS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
             random_draws=min(self.random_draws, 1),
             scenarios_left_out=min(self.scenarios_left_out or 2, 2),
@@ -291,18 +292,21 @@ class _Study:
         seed, limit = self.settings.seed, self.settings.max_perplexity_increase
         figures: dict[str, Any] = {}
         if mask is not None:
-            with recorder.step(f"Test: {source}", 2 * parts.test.work(utility=True)) as advance:
-                before = parts.test.evaluate(None, advance, utility=True).table
-                after = parts.test.evaluate(mask, advance, utility=True).table
-            increase = parts.test.perplexity_increase(mask, seed)
+            # A joint source has no use of its own to be judged on: a few prompts carry the text.
+            prompts = parts.test.prompts
+            test = parts.test if judged else parts.test.on(prompts.of_scenarios(prompts.scenarios[:1]), parts.test.text)
+            with recorder.step(f"Test: {source}", 2 * test.work(utility=True)) as advance:
+                before = test.evaluate(None, advance, utility=True).table
+                after = test.evaluate(mask, advance, utility=True).table
+            increase = test.perplexity_increase(mask, seed)
             figures = {
                 "heads": mask.heads_removed,
                 "neurons": mask.neurons_removed,
                 "weights": mask.weights_removed,
                 "own": compare(before, after, seed) if judged else None,
                 "control": self._control(parts, mask, recorder),
-                "perplexity_before": parts.test.perplexity(),
-                "perplexity_after": parts.test.perplexity(mask),
+                "perplexity_before": test.perplexity(),
+                "perplexity_after": test.perplexity(mask),
                 "perplexity_increase": increase,
                 "over_limit": increase.value > limit,
             }
