@@ -45,6 +45,15 @@ class GroupSelection:
     rate: Interval
     impact_ratio: float | None
 
+    @property
+    def falls_short(self) -> bool:
+        """Whether the impact ratio is below four fifths."""
+        return self.impact_ratio is not None and self.impact_ratio < FOUR_FIFTHS
+
+    @property
+    def is_small(self) -> bool:
+        return self.share < SMALL_SHARE
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -65,6 +74,11 @@ class Selection:
         """The group with the lowest impact ratio, and that ratio; None where nobody is selected."""
         ratios = {name: group.impact_ratio for name, group in self.groups.items() if group.impact_ratio is not None}
         return min(ratios.items(), key=lambda item: item[1]) if ratios else None
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether any group's impact ratio is below four fifths."""
+        return any(group.falls_short for group in self.groups.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a result file."""
