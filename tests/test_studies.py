@@ -140,7 +140,7 @@ def test_audit_counts_selections_where_an_answer_is_favourable(tmp_path: Path, o
     for group in decision["groups"].values():
         assert group["markers"] == 8
         assert group["rate"]["low"] <= group["rate"]["value"] <= group["rate"]["high"]
-    assert "<td>all decisions (mean)</td>" in (output / "report.html").read_text()
+    assert ">all decisions (mean)</th>" in (output / "report.html").read_text()
 
 
 def test_show_prints_an_audit(tmp_path: Path, output: Path, call: Command) -> None:

@@ -14,7 +14,7 @@ from secateur.measures.disparity import Table, group_means, statistics
 from secateur.reports.figures import AFTER, BEFORE, broken, style
 from secateur.suites import Quantity, Scenario, Suite
 
-FILLS = {BEFORE: "rgba(194,65,12,.15)", AFTER: "rgba(15,118,110,.15)"}
+FILLS = {BEFORE: "rgba(234,88,12,.15)", AFTER: "rgba(13,148,136,.15)"}
 
 
 @dataclass(frozen=True)

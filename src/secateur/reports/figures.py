@@ -11,7 +11,8 @@ from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
 
-BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
+# Each stands out from a white and from a dark page by at least 3 to 1.
+BEFORE, AFTER, NEUTRAL = "#ea580c", "#0d9488", "#8b8b8b"
 # Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
@@ -87,7 +88,7 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
         hovertemplate="noise %{x:.2f}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed")
-    return style(figure, 90 + 36 * len(names), xaxis_title="|SMD|")
+    return style(figure, 90 + 40 * len(names), xaxis_title="|SMD|")
 
 
 def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Figure:
