@@ -12,7 +12,7 @@ from command import small_suite
 
 from secateur.measures.disparity import Table
 from secateur.reports.distributions import distributions
-from secateur.reports.figures import broken, candidates_figure, pareto_front
+from secateur.reports.figures import broken, candidates_figure, pareto_front, plain
 from secateur.reports.maps import COLUMNS, heads_map, listed, neurons_map, removed_by_layer
 from secateur.studies.candidates import CandidateRecord
 from secateur.suites import Suite
@@ -77,9 +77,14 @@ def test_marks_name_the_removed_units(scored: bool) -> None:
     removed = [Unit("head", 1, 2), Unit("neuron", 0, 7), Unit("neuron", 0, 8), Unit("neuron", 1, 9)]
     rank = some_rank(units) if scored else None
     heads = trace(heads_map(units, removed, rank, "removed"), "scatter")
-    assert (heads["x"], heads["y"], heads["text"]) == ([2], [1], ["head 2"])
     neurons = trace(neurons_map(units, removed, rank, "turned down"), "scatter")
-    assert neurons["text"] == ["neurons 7, 8", "neuron 9"]
+    assert (heads["x"], heads["y"]) == ([2], [1])
+    told = ["head 2", "neurons 7, 8", "neuron 9"]
+    if rank is not None:
+        first, second = rank[units.neuron_slice(0)], rank[units.neuron_slice(1)]
+        scores = (f"{rank[6]:.3g}", f"{first[7]:.3g}, {first[8]:.3g}", f"{second[9]:.3g}")
+        told = [f"{words}<br>score {score}" for words, score in zip(told, scores, strict=True)]
+    assert heads["text"] + neurons["text"] == told
     assert (neurons["x"], neurons["y"]) == ([7.5, 9], [0, 1])
     assert neurons["hovertemplate"].startswith("turned down: layer ")
     assert removed_by_layer(removed) == [(0, "", "7, 8"), (1, "2", "9")]
@@ -90,7 +95,7 @@ def test_maps_stay_small_for_large_models() -> None:
     removed = [Unit("neuron", layer, index) for layer in range(80) for index in range(0, 28672, 64)]
     figure = neurons_map(units, removed, np.random.default_rng(0).normal(size=len(units)), "removed")
     assert len(trace(figure, "heatmap")["z"][0]) <= COLUMNS
-    assert len(figure.to_json()) < 1_000_000
+    assert len(figure.to_json()) < 1_500_000
 
 
 def test_long_lists_are_cut() -> None:
@@ -122,6 +127,12 @@ def plain_suite() -> Suite:
     for scenario in document["scenarios"]:
         scenario["paraphrases"] = [{"prompt": text} for text in scenario["paraphrases"]]
     return Suite.model_validate(document)
+
+
+def test_text_for_plotly_keeps_quotes_and_loses_markup() -> None:
+    assert plain("""O'Neil "Tip" <b>""") == """O'Neil "Tip" &lt;b&gt;"""
+    assert plain("thousands of dollars", 10) == "thousands…"
+    assert plain("ten signs.", 10) == "ten signs."
 
 
 def test_long_names_break_at_the_hyphen_nearest_to_the_middle() -> None:

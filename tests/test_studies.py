@@ -466,6 +466,11 @@ def test_judge_not_verified(
         assert reason in explanation
 
 
+def test_a_bias_that_grew_is_said_to_have_risen() -> None:
+    _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), CHEAP, RANDOM, 0.02)
+    assert "the bias rose by 20% (95 % interval of the change -10% to +50%), perplexity" in explanation
+
+
 def test_judge_allows_an_increase_at_the_limit() -> None:
     assert judge(GOOD, Interval(0.02, 0.0, 0.04), RANDOM, 0.02)[0] == "verified"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from secateur.measures.disparity import Table, group_means, statistics
-from secateur.reports.figures import AFTER, BEFORE, broken, style
-from secateur.suites import Quantity, Scenario, Suite
+from secateur.reports.figures import AFTER, BEFORE, broken, plain, style
+from secateur.suites import Preference, Quantity, Scenario, Suite
 
 FILLS = {BEFORE: "rgba(234,88,12,.15)", AFTER: "rgba(13,148,136,.15)"}
 
@@ -52,7 +51,7 @@ def distributions(suite: Suite, markers: Sequence[str], tables: dict[str, Table]
         figure.add_box(
             x=x,
             y=[broken(names[group]) for group in table.groups],
-            text=[escape(marker) for marker in markers],
+            text=[plain(marker) for marker in markers],
             name=label,
             orientation="h",
             boxpoints="all",
@@ -88,11 +87,8 @@ def _axis(scenario: Scenario) -> str:
     """What y is in a scenario, in words that Plotly's pseudo-HTML leaves alone."""
     measure = scenario.measure
     if isinstance(measure, Quantity):
-        return escape(f"y: log of {measure.unit or 'the amount'}")
-    if measure.kind == "preference":
-        return escape(f"y: log-odds of{_said(measure.a)} against{_said(measure.b)}")
-    return "y: log-odds of the more stereotypical sentence"
-
-
-def _said(answers: Sequence[str]) -> str:
-    return f" “{answers[0].strip()}”"
+        return f"y: log of {plain(measure.unit or 'the amount', 30)}"
+    if isinstance(measure, Preference):
+        a, b = (plain(answers[0].strip(), 12) for answers in (measure.a, measure.b))
+        return f"y: log-odds of “{a}” against “{b}”"
+    return "y: log-odds of the more stereotypical text"

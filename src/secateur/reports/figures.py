@@ -42,13 +42,19 @@ def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     return figure
 
 
+def plain(text: str, most: int | None = None) -> str:
+    """Text that Plotly draws as it is, cut to ``most`` characters; its pseudo-HTML knows no entities for quotes."""
+    cut = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+    return escape(cut, quote=False)
+
+
 def broken(name: str) -> str:
     """A long name on two lines, so that a narrow screen keeps room for the picture."""
     hyphens = [place for place, sign in enumerate(name) if sign == "-"]
     if len(name) <= WIDEST_NAME or not hyphens:
-        return escape(name)
+        return plain(name)
     middle = 1 + min(hyphens, key=lambda place: abs(2 * place - len(name)))
-    return f"{escape(name[:middle])}<br>{escape(name[middle:])}"
+    return f"{plain(name[:middle])}<br>{plain(name[middle:])}"
 
 
 def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDisparity] | None = None) -> go.Figure:
@@ -74,7 +80,7 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
             name=label if after is not None else "|SMD|",
             marker={"color": colour, "size": 11},
             customdata=[
-                [escape(" - ".join(s.pair)), s.smd.value, s.smd.low, s.smd.high, s.gap.value] for s in scenarios
+                [plain(" - ".join(s.pair)), s.smd.value, s.smd.low, s.smd.high, s.gap.value] for s in scenarios
             ],
             hovertemplate="%{y}<br>%{customdata[0]}<br>SMD %{customdata[1]:.2f} "
             "[%{customdata[2]:.2f}, %{customdata[3]:.2f}]<br>gap %{customdata[4]:.2f}<extra></extra>",
@@ -113,7 +119,7 @@ def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Fig
             x=[100 * min(c.perplexity_increase, widest) for c in group],
             y=[c.bias for c in group],
             mode="markers",
-            name=escape(kind),
+            name=plain(kind),
             marker={
                 "symbol": symbols.get(kind, "circle"),
                 "size": [16 if c.chosen else 9 for c in group],
@@ -151,7 +157,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
     figure, widest = go.Figure(), widest_increase(limit)
     for number, found in enumerate(methods):
         colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]
-        name = escape(found.name)
+        name = plain(found.name)
         figure.add_scatter(
             x=[100 * min(c.perplexity_increase, widest) for c in found.candidates],
             y=[c.bias for c in found.candidates],
@@ -209,7 +215,7 @@ def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
 
 def cost_figure(methods: list[MethodResult]) -> go.Figure:
     """Tokens by every method: forward to score the units and to choose, and backward."""
-    names = [escape(found.name) for found in methods]
+    names = [plain(found.name) for found in methods]
     figure = go.Figure()
     parts = (
         ("to score the units", AFTER, [found.localise_tokens for found in methods]),

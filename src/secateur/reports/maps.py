@@ -99,9 +99,18 @@ def _draw_marks(figure: go.Figure, kind: _Kind, removed: Sequence[Unit], width: 
         y=[layer for layer, _ in cells],
         mode="markers",
         marker={"symbol": "x", "size": kind.mark, "color": AFTER, "line": {"width": 1, "color": "white"}},
-        text=[f"{kind.name}{'s' if len(indices) > 1 else ''} {listed(indices)}" for indices in cells.values()],
+        text=[_told(kind, layer, indices) for (layer, _), indices in cells.items()],
         hovertemplate=f"{action}: layer %{{y}}, %{{text}}<extra></extra>",
     )
+
+
+def _told(kind: _Kind, layer: int, indices: list[int]) -> str:
+    """The removed units of one cell, with their scores where there are any."""
+    words = f"{kind.name}{'s' if len(indices) > 1 else ''} {listed(indices)}"
+    if not kind.rows:
+        return words
+    scores = [f"{kind.rows[layer][index]:.3g}" for index in sorted(indices)[:NAMED]]
+    return f"{words}<br>score {', '.join(scores)}"
 
 
 def listed(indices: Sequence[int], most: int = NAMED) -> str:
