@@ -25,8 +25,9 @@ def space(neurons: int = NEURONS) -> UnitSpace:
     return UnitSpace(heads=(4, 3), kv_heads=(1, 1), neurons=(neurons, neurons - 7), head_dim=8)
 
 
-def trace(figure: go.Figure, kind: str) -> dict[str, Any]:
+def trace(figure: go.Figure | None, kind: str) -> dict[str, Any]:
     """The only trace of a kind, as a browser reads it."""
+    assert figure is not None
     (found,) = [one for one in json.loads(figure.to_json())["data"] if one["type"] == kind]
     return dict(found)
 
@@ -95,7 +96,18 @@ def test_maps_stay_small_for_large_models() -> None:
     removed = [Unit("neuron", layer, index) for layer in range(80) for index in range(0, 28672, 64)]
     figure = neurons_map(units, removed, np.random.default_rng(0).normal(size=len(units)), "removed")
     assert len(trace(figure, "heatmap")["z"][0]) <= COLUMNS
+    assert figure is not None
     assert len(figure.to_json()) < 1_500_000
+
+
+def test_there_is_no_map_of_what_was_neither_scored_nor_removed() -> None:
+    units = space()
+    rank = some_rank(units)
+    rank[: units.n_heads] = np.nan
+    assert heads_map(units, [Unit("neuron", 0, 7)], rank, "removed") is None
+    assert neurons_map(units, [], rank, "removed") is not None
+    assert neurons_map(units, [Unit("head", 0, 1)], None, "removed") is None
+    assert heads_map(units, [Unit("head", 0, 1)], rank, "removed") is not None
 
 
 def test_long_lists_are_cut() -> None:

@@ -56,8 +56,11 @@ def render_repair(result: RepairResult) -> str:
         content |= {
             "scenario_figure": _picture(scenario_figure(result.test_before, result.test_after)),
             "distributions": _drawn(distributions(result.suite, markers, tables)),
-            "heads_map": _picture(heads_map(result.space, removed, rank, result.mask.action)),
-            "neurons_map": _picture(neurons_map(result.space, removed, rank, result.mask.action)),
+            "maps": {
+                kind: _picture(figure)
+                for kind, drawn in (("heads", heads_map), ("neurons", neurons_map))
+                if (figure := drawn(result.space, removed, rank, result.mask.action)) is not None
+            },
             "removed": removed_by_layer(removed),
             "columns": COLUMNS,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,6 +16,7 @@ from secateur.units import Unit, UnitSpace
 # Columns of a map; where layers have more units, a column stands for several and shows the highest score.
 COLUMNS = 192
 NAMED = 12
+FEW = 12
 
 
 @dataclass(frozen=True)
@@ -27,33 +29,42 @@ class _Kind:
     mark: int
 
 
-def heads_map(space: UnitSpace, removed: Sequence[Unit], rank: np.ndarray | None, action: str) -> go.Figure:
-    """Every head's score by layer, the removed ones marked.
+def heads_map(space: UnitSpace, removed: Sequence[Unit], rank: np.ndarray | None, action: str) -> go.Figure | None:
+    """Every head's score by layer, the removed ones marked; None where no head was scored or removed.
 
     Parameters
     ----------
-    rank: (units,), the higher, the sooner a unit is removed; None where no unit was scored.
+    rank: (units,), the higher, the sooner a unit is removed; NaN without a score; None where no unit was scored.
     action: what became of the marked units, "removed" or "turned down".
     """
     rows = [] if rank is None else [rank[space.head_slice(layer)] for layer in range(space.n_layers)]
     return _map(_Kind("head", space.heads, rows, 11), removed, action)
 
 
-def neurons_map(space: UnitSpace, removed: Sequence[Unit], rank: np.ndarray | None, action: str) -> go.Figure:
+def neurons_map(space: UnitSpace, removed: Sequence[Unit], rank: np.ndarray | None, action: str) -> go.Figure | None:
     """The same for neurons."""
     rows = [] if rank is None else [rank[space.neuron_slice(layer)] for layer in range(space.n_layers)]
     return _map(_Kind("neuron", space.neurons, rows, 8), removed, action)
 
 
-def _map(kind: _Kind, removed: Sequence[Unit], action: str) -> go.Figure:
+def _map(kind: _Kind, removed: Sequence[Unit], action: str) -> go.Figure | None:
+    marked = [unit for unit in removed if unit.kind == kind.name]
+    scored = any(np.isfinite(row).any() for row in kind.rows)
+    if not marked and not scored:
+        return None
     figure, layers, longest = go.Figure(), len(kind.counts), max(kind.counts)
     width = -(-longest // COLUMNS)
-    if kind.rows:
+    if scored:
         _draw_scores(figure, kind, width)
-    _draw_marks(figure, kind, [unit for unit in removed if unit.kind == kind.name], width, action)
-    figure.update_xaxes(title_text=kind.name, range=[-0.5, longest - 0.5], zeroline=False, tickformat="d")
-    figure.update_yaxes(title_text="layer", range=[-0.5, layers - 0.5], zeroline=False, tickformat="d")
+    _draw_marks(figure, kind, marked, width, action)
+    figure.update_xaxes(title_text=kind.name, **_numbered(longest))
+    figure.update_yaxes(title_text="layer", **_numbered(layers))
     return style(figure, 90 + min(560, max(90, 15 * layers)), showlegend=False)
+
+
+def _numbered(count: int) -> dict[str, Any]:
+    """An axis of so many cells, without a tick between two of them."""
+    return {"range": [-0.5, count - 0.5], "zeroline": False, **({"dtick": 1} if count <= FEW else {})}
 
 
 def _draw_scores(figure: go.Figure, kind: _Kind, width: int) -> None:
