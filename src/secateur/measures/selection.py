@@ -145,4 +145,5 @@ def wilson(rate: float, n: int) -> Interval:
     spread = 1 + Z**2 / n
     centre = (rate + Z**2 / (2 * n)) / spread
     half = Z / spread * float(np.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2)))
-    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half))
+    # Rounding must not put the rate outside of its interval where nobody, or everybody, is selected.
+    return Interval(rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half)))
