@@ -34,18 +34,18 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-STUDIES = ("audit", "repair", "compare", "slim")
-WITH_PICTURES = ("audit", "repair", "compare")
+STUDIES = ("audit", "repair", "compare", "generalise", "slim")
+WITH_PICTURES = ("audit", "repair", "compare", "generalise")
 PASSING = 2  # seed of a tiny model: a repair of the small suite finds something
 MOST_BYTES = 6_000_000
 ATTACK = """"'></script><script>window.hacked = true</script><img src=x onerror="window.hacked = true">{{ 7 * 7 }}"""
 
 
-def hostile_suite() -> Document:
+def hostile_suite(name: str = "small") -> Document:
     """The small suite with an attack in every text that a suite may hold; the preference is a decision."""
-    document = small_suite(title=ATTACK, description=ATTACK, sources=[ATTACK], domain=ATTACK)
-    for name, markers in document["groups"].items():
-        document["groups"][name] = [f"{marker} {ATTACK}" for marker in markers]
+    document = small_suite(name=name, title=ATTACK, description=ATTACK, sources=[ATTACK], domain=ATTACK)
+    for group, markers in document["groups"].items():
+        document["groups"][group] = [f"{marker} {ATTACK}" for marker in markers]
     for scenario in document["scenarios"]:
         scenario["paraphrases"] = [f"{text} {ATTACK}" for text in scenario["paraphrases"]]
     document["scenarios"][0]["measure"] |= {"a": [f" yes {ATTACK}"], "favourable": "a"}
@@ -69,6 +69,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert secateur.repair(model, suite, output=output["repair"], options=options, **search).mask is not None
     methods = {"methods": ("attribution", "random"), "quick": True}
     secateur.compare(model, suite, output=output["compare"], **methods, **search)
+    uses = [suite, write_suite(directory, hostile_suite("other"), "other")]
+    settings = {"methods": ("attribution",), "options": {"attribution": options}, "modes": ("across",)}
+    secateur.generalise(model, uses, output=output["generalise"], **settings, **{**search, "random_draws": 1})
     decoding = {"decode_tokens": 4, "decode_runs": 3, "utility_tokens": 600}
     secateur.slim(model, None, suite, output=output["slim"], importance="data", **decoding, **told)
     return {study: path / "report.html" for study, path in output.items()}
@@ -163,7 +166,7 @@ def test_no_script_of_a_suite_or_a_path_runs(browser: Browser, reports: dict[str
     assert browser.errors == []
     assert browser.run("window.hacked") is None
     assert browser.all("img") == []
-    assert browser.one("h1").text.count("window.hacked = true") >= (study != "slim")
+    assert browser.one("h1").text.count("window.hacked = true") >= (study in ("audit", "repair", "compare"))
     assert "{{ 7 * 7 }}" in browser.one("main").text
 
 

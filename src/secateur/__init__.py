@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, export, localise, repair, slim
+from secateur.api import apply, audit, compare, export, generalise, localise, repair, slim
 from secateur.errors import (
     DataError,
     MaskError,
@@ -22,8 +22,10 @@ from secateur.errors import (
 from secateur.models import LanguageModel, load
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings
+from secateur.studies.generalise import GeneraliseSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
+from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_names
@@ -34,6 +36,8 @@ __all__ = [
     "CompareResult",
     "CompareSettings",
     "DataError",
+    "GeneraliseResult",
+    "GeneraliseSettings",
     "LanguageModel",
     "LocaliseResult",
     "LocaliseSettings",
@@ -57,6 +61,7 @@ __all__ = [
     "audit",
     "compare",
     "export",
+    "generalise",
     "load",
     "load_plan",
     "load_suite",

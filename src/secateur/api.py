@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,17 +23,20 @@ from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel, load
 from secateur.progress import Progress
 from secateur.reports.card import render_card
-from secateur.reports.html import render_audit, render_compare, render_repair, render_slim
+from secateur.reports.html import render_audit, render_compare, render_generalise, render_repair, render_slim
 from secateur.studies import audit as audits
 from secateur.studies import compare as comparisons
+from secateur.studies import generalise as generalisations
 from secateur.studies import localise as localisations
 from secateur.studies import repair as repairs
 from secateur.studies import slim as slims
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
+from secateur.studies.generalise import GeneraliseSettings
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
-from secateur.studies.plan import Plan, load_plan
+from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
+from secateur.studies.reach import Fit, GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.suites import Suite, load_suite, suite_hash
@@ -142,12 +145,12 @@ def repair(
             return repairs.repair(model, suite, chosen, progress=progress, cluster=cluster)
     check_ablation_fits(model, chosen.ablation)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes, carry_on=True)
-    key = _run_key("repair", model, suite, chosen)
+    key = _run_key("repair", model, [suite], chosen)
     with writing(directory, carry_on=True):
         if _left_by(directory, key) is not None:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
-        head = _head(key, model, suite)
+        head = _head(key, model, [suite])
 
         def save(state: dict[str, Any]) -> None:
             directory.write_json(STATE, {**head, **state})
@@ -234,14 +237,14 @@ def compare(
         with _actors(ray, model, progress) as cluster:
             return comparisons.compare(model, suite, chosen, progress=progress, cluster=cluster)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
-    key = _run_key("compare", model, suite, chosen)
+    key = _run_key("compare", model, [suite], chosen)
     with writing(directory, keep=True):
         state = _left_by(directory, key)
         done = {} if state is None else {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
         if state is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
 
-        head = _head(key, model, suite)
+        head = _head(key, model, [suite])
 
         def save() -> None:
             directory.write_json(STATE, {**head, "methods": [asdict(one) for one in done.values()]})
@@ -272,6 +275,84 @@ def compare(
     return result
 
 
+def generalise(
+    model: LanguageModel,
+    suites: Sequence[str | Path | Suite],
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    ray: str | None = None,
+    **settings: Any,
+) -> GeneraliseResult:
+    """Fit methods on every suite, and judge every mask on the held-out part of every other suite.
+
+    Parameters
+    ----------
+    suites: names of built-in suites, paths of YAML files, or suites; at least two.
+    output: a directory for ``generalise.json``, ``generalise.csv``, ``report.html`` and ``plans/METHOD/SUITE/``, a
+        plan for every use; overwrite: replace it if it exists. A run that was interrupted carries on.
+    ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
+    settings: fields of :class:`secateur.GeneraliseSettings`, such as ``methods=("attribution", "random")``.
+
+    Raises
+    ------
+    SuiteError, SettingError, DataError: something asked for is unknown, too small or does not suit the model.
+    OutputError: the directory exists or cannot be written.
+    """
+    asked = [load_suite(suite) for suite in suites]
+    chosen = GeneraliseSettings(**settings)
+    chosen.check()
+    generalisations.check_suites(asked, chosen)
+    progress = progress or Progress()
+    check_address(ray)
+    if output is None:
+        with _actors(ray, model, progress) as cluster:
+            return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
+    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
+    key = _run_key("generalise", model, asked, chosen)
+    with writing(directory, keep=True):
+        state = _left_by(directory, key)
+        done = {} if state is None else {(one["method"], one["source"]): one for one in state["fits"]}
+        if state is not None:
+            progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
+        head = _head(key, model, asked)
+
+        def place(fit: Fit) -> Path:
+            return directory.staging / "plans" / fit.name
+
+        def remember(fit: Fit, plan: Plan | None) -> None:
+            if plan is not None:
+                plan.save(place(fit))
+            done[fit.method, fit.source] = asdict(fit)
+            directory.write_json(STATE, {**head, "fits": list(done.values())})
+
+        read = {known: Fit.from_dict(one) for known, one in done.items()}
+        directory.write_json(STATE, {**head, "fits": list(done.values())})
+        with (
+            Store(directory.staging / MEASURED, model.fingerprint) as store,
+            _actors(ray, model, progress) as cluster,
+        ):
+            result = generalisations.generalise(
+                model,
+                asked,
+                chosen,
+                progress=progress,
+                remembered={
+                    known: (fit, load_plan(place(fit)).mask if fit.status == "chosen" else None)
+                    for known, fit in read.items()
+                },
+                remember=remember,
+                store=store,
+                cluster=cluster,
+            )
+        directory.write_json("generalise.json", result.as_dict())
+        write_text(directory.staging / "generalise.csv", result.csv())
+        write_text(directory.staging / "report.html", render_generalise(result))
+    (directory.target / STATE).unlink(missing_ok=True)
+    return result
+
+
 @contextmanager
 def _actors(address: str | None, model: LanguageModel, progress: Progress) -> Iterator[Cluster | None]:
     """Ray actors while the context lasts; none without an address."""
@@ -284,7 +365,7 @@ def _actors(address: str | None, model: LanguageModel, progress: Progress) -> It
         yield cluster
 
 
-def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySettings) -> dict[str, Any]:
+def _run_key(study: str, model: LanguageModel, suites: Sequence[Suite], settings: StudySettings) -> dict[str, Any]:
     """What two runs must have in common for one to carry on the other, as plain data."""
     control = None if settings.control_suite is None else suite_hash(load_suite(settings.control_suite))
     text = hashlib.sha256("\n\n".join(read_passages(settings.utility_text)).encode()).hexdigest()
@@ -293,7 +374,7 @@ def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySett
         "version": version("secateur"),
         "model": model.fingerprint,
         "arithmetic": [str(model.dtype), model.matmul_precision],
-        "suite": suite_hash(suite),
+        "suite": [suite_hash(suite) for suite in suites],
         "control": control,
         "text": text,
         "settings": {name: value for name, value in settings.as_dict().items() if name not in EFFORT},
@@ -301,9 +382,10 @@ def _run_key(study: str, model: LanguageModel, suite: Suite, settings: StudySett
     return dict(json.loads(to_json(key)))
 
 
-def _head(key: dict[str, Any], model: LanguageModel, suite: Suite) -> dict[str, Any]:
+def _head(key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]) -> dict[str, Any]:
     """What the state of every run begins with."""
-    return {"key": key, "suite": suite.name, "source": model.source, "command": sys.argv[1:]}
+    named = ", ".join(suite.name for suite in suites)
+    return {"key": key, "suite": named, "source": model.source, "command": sys.argv[1:]}
 
 
 def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -447,7 +529,7 @@ def write_permanently(
 
 def _write_record(model: LanguageModel, plan: Plan, directory: Path, format: str, name: str) -> None:
     """Write the plan and a model card beside the weights of a format."""
-    plan.save(directory / "secateur")  # apart: some loaders take every safetensors file beside a config for weights
+    plan.save(directory / BESIDE_WEIGHTS)
     write_text(directory / "README.md", render_card(model, plan, format, FORMATS[format].library, name))
 
 

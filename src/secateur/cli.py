@@ -237,9 +237,8 @@ def compare(
     from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, compare_lines, compare_table
 
-    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     told: dict[str, Any] = {
-        "methods": names,
+        "methods": _listed(methods or ""),
         "options": _options_by_method(settings),
         "random_draws": random_draws,
         "quick": quick,
@@ -262,6 +261,87 @@ def compare(
     for line in compare_lines(result):
         console.print(escape(line))
     console.print(f"Written: {escape(str(output))}/compare.json, compare.csv, report.html")
+
+
+@app.command()
+def generalise(
+    suites: Annotated[
+        list[str],
+        typer.Option("--suites", "-s", help="Suites, separated by commas or by repeating the option; at least two."),
+    ],
+    model: Model = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for generalise.json, .csv, plans and report.html.")
+    ] = Path("runs/generalise"),
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; see secateur methods.")] = "attribution",
+    modes: Annotated[
+        str, typer.Option(help="Of across, attributes, languages, joint, specific and within; or all.")
+    ] = "across,attributes,languages",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of one method; may be repeated."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small part of the data, for a first look.")] = False,
+    max_perplexity_increase: Limit = 0.02,
+    ablation: Ablation = "zero",
+    utility_text: UtilityText = None,
+    utility_tokens: UtilityTokens = 6144,
+    max_markers: MaxMarkers = 0,
+    max_test_markers: Annotated[int, typer.Option(help="Markers per group in test; 0 for all.")] = 0,
+    random_draws: Annotated[int, typer.Option(help="Random masks of a choice's size, judged where it was made.")] = 3,
+    scenarios_left_out: Annotated[
+        int, typer.Option(help="Scenarios of a suite to judge in the modes specific and within; 0 for all.")
+    ] = 6,
+    control_suite: ControlSuite = "control-colour",
+    dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    masks_at_once: MasksAtOnce = 1,
+    kept_mib: KeptMib = 1024,
+    chat: Chat = "auto",
+    ray: RayAddress = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find where a repair holds: fitted on one suite, judged on every other. An interrupted run carries on."""
+    import secateur
+    from secateur.evaluation.cluster import check_address
+    from secateur.reports.terminal import TerminalProgress, generalise_lines, generalise_tables
+    from secateur.studies.generalise import MODES, check_suites
+
+    told: dict[str, Any] = {
+        "methods": _listed(methods),
+        "options": _options_by_method(settings),
+        "modes": MODES if modes.strip() == "all" else _listed(modes),
+        "random_draws": random_draws,
+        "scenarios_left_out": scenarios_left_out or None,
+        "quick": quick,
+        **_study_settings(
+            max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
+            seed, batch_size, chat,
+        ),
+        "max_test_markers": max_test_markers or None,
+        "masks_at_once": masks_at_once,
+        "kept_mib": kept_mib,
+    }  # fmt: skip
+    asked = [_suite(name) for names in suites for name in _listed(names)]
+    check_address(ray)
+    chosen = secateur.GeneraliseSettings(**told)
+    chosen.check()
+    check_suites(asked, chosen)
+    _check_output(output, overwrite)
+    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
+    result = secateur.generalise(
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
+    )
+    for table in generalise_tables(result):
+        console.print(table)
+    for line in generalise_lines(result):
+        console.print(escape(line))
+    console.print(f"Written: {escape(str(output))}/generalise.json, generalise.csv, plans, report.html")
 
 
 @app.command()
@@ -523,6 +603,11 @@ def _load(
             trust_remote_code=trust,
             matmul_precision=precision,  # type: ignore[arg-type]
         )
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _options_of(pairs: list[str] | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from scipy.stats import norm
 
 PERMUTATIONS = 400
 REPLICATES = 1000
@@ -72,6 +73,14 @@ class Table:
     @property
     def pairs(self) -> list[tuple[int, int]]:
         return list(combinations(range(self.n_groups), 2))
+
+    def of_markers(self, keep: np.ndarray) -> Table:
+        """The columns of some markers only, bool (markers,)."""
+        return Table(self.y[:, keep], self.groups[keep])
+
+    def of_scenarios(self, rows: list[int]) -> Table:
+        """Some rows only."""
+        return Table(self.y[rows], self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,6 +319,25 @@ def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
         reduction=interval(reduction(point[0], point[1]), reduction(roots[0], roots[1])),
         change=interval(point[1] - point[0], roots[1] - roots[0]),
     )
+
+
+def reduction_replicates(before: Table, afters: list[Table], seed: int = 0) -> np.ndarray:
+    """Reductions of B under several states against one, all under the same resamples, (states, replicates).
+
+    Tables with the same groups have the same resamples of markers, too, for the same seed.
+    """
+    roots = _root(bootstrap_squares([before, *afters], seed))
+    return reduction(roots[0], roots[1:])
+
+
+def p_value(change: Interval) -> float:
+    """Two-sided p-value of no change, by the normal approximation of a bootstrap interval.
+
+    Counting replicates beyond 0 could say no less than 1 in their number, too coarse to correct for many tests.
+    """
+    if change.value == 0 or change.standard_error == 0:
+        return 1.0 if change.value == 0 else 0.0
+    return float(2 * norm.sf(abs(change.value) / change.standard_error))
 
 
 def reduction(before: np.ndarray | float, after: np.ndarray | float) -> np.ndarray:

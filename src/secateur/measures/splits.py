@@ -55,7 +55,7 @@ def whole(suite: Suite) -> Part:
     return Part(paraphrases, tuple(range(sum(len(m) for m in suite.groups.values()))))
 
 
-def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits:
+def split(suite: Suite, seed: int = 0, max_markers: int | None = None, max_test_markers: int | None = None) -> Splits:
     """Divide a suite's markers and paraphrases, deterministically in the seed.
 
     Within each group half of the markers go to fit, 20 % to select and the rest to test. Of each
@@ -63,7 +63,7 @@ def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits
 
     Parameters
     ----------
-    max_markers: at most so many markers per group in fit and in select (test keeps all).
+    max_markers: at most so many markers per group in fit and in select. max_test_markers: the same for test.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def split(suite: Suite, seed: int = 0, max_markers: int | None = None) -> Splits
         n_select = max(MIN_MARKERS, round(MARKER_SHARES["select"] * len(words)))
         markers["fit"] += order[:n_fit][:max_markers]
         markers["select"] += order[n_fit : n_fit + n_select][:max_markers]
-        markers["test"] += order[n_fit + n_select :]
+        markers["test"] += order[n_fit + n_select :][:max_test_markers]
         start += len(words)
     paraphrases: dict[str, list[tuple[int, ...]]] = {"fit": [], "select": [], "test": []}
     for scenario in suite.scenarios:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
+from secateur.studies.reach import Cell, GeneraliseResult
 
 # Each stands out from a white and from a dark page by at least 3 to 1.
 BEFORE, AFTER, NEUTRAL = "#ea580c", "#0d9488", "#8b8b8b"
@@ -18,6 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
 WIDEST_LIMITS = 10
 WIDEST_NAME = 16
+FEW = 12
 
 
 def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
@@ -40,6 +43,11 @@ def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.6)", automargin=True)
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.6)", automargin=True)
     return figure
+
+
+def numbered(count: int) -> dict[str, Any]:
+    """An axis of so many cells, without a tick between two of them."""
+    return {"range": [-0.5, count - 0.5], "zeroline": False, **({"dtick": 1} if count <= FEW else {})}
 
 
 def plain(text: str, most: int | None = None) -> str:
@@ -234,3 +242,110 @@ def cost_figure(methods: list[MethodResult]) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed")
     return style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens")
+
+
+def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
+    """Held-out change of B of one method, by source (rows) and target (columns); stars are proven."""
+    cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
+    targets = [suite.name for suite in result.suites]
+    others = sorted({source for source, _ in cells} - set(targets))
+    sources = [name for name in targets if any(source == name for source, _ in cells)] + others
+    grid = [[cells.get((source, target)) for target in targets] for source in sources]
+
+    def change(reduction: float) -> float:
+        return float(np.round(0 - 100 * reduction, 1))
+
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=[plain(target) for target in targets],
+        y=[broken(source) for source in sources],
+        z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
+        zmin=-100,
+        zmax=100,
+        colorscale=[[0, AFTER], [0.5, "#f5f5f4"], [1, BEFORE]],
+        colorbar={"title": "change<br>of B, %", "thickness": 12},
+        text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
+        texttemplate="%{text}",
+        customdata=[
+            [
+                [""] * 3
+                if cell is None
+                else [
+                    f"B {cell.before.value:.2f} to {cell.after.value:.2f}",
+                    f"{change(cell.reduction.high):+.0f} to {change(cell.reduction.low):+.0f} %",
+                    cell.relation,
+                ]
+                for cell in row
+            ]
+            for row in grid
+        ],
+        hovertemplate="fitted on %{y}<br>judged on %{x} (%{customdata[2]})<br>%{customdata[0]}, %{z:+.0f} % "
+        "[%{customdata[1]}]<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed", title_text="fitted on")
+    figure.update_xaxes(title_text="judged on", tickangle=-40)
+    return style(figure, 190 + 34 * len(sources))
+
+
+def _cell_label(reduction: float, cell: Cell) -> str:
+    number = f"{0 - 100 * reduction:+.0f}"
+    return f"<b>{number}*</b>" if cell.proven else number if cell.to_repair else f"<i>({number})</i>"
+
+
+def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
+    """Jaccard's index of the units of every two suites, with what chance gives in the hover."""
+    found = [one for one in result.agreements if one.method == name]
+    names = [suite.name for suite in result.suites if any(suite.name in (one.one, one.other) for one in found)]
+    place = {suite: number for number, suite in enumerate(names)}
+    z = np.full((len(names), len(names)), np.nan)
+    hover = [["" for _ in names] for _ in names]
+    for one in found:
+        words = f"{one.found.shared} shared; by chance {one.found.by_chance:.3f}, p (Holm) {one.p_holm:.3g}"
+        for row, column in ((one.one, one.other), (one.other, one.one)):
+            z[place[row], place[column]] = round(one.found.jaccard, 3)
+            hover[place[row]][place[column]] = words
+    labels = [broken(suite) for suite in names]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=labels,
+        y=labels,
+        z=[[None if np.isnan(value) else value for value in row] for row in z.tolist()],
+        zmin=0,
+        zmax=max((one.found.jaccard for one in found), default=0) or 1,
+        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorbar={"title": "Jaccard", "thickness": 12},
+        texttemplate="%{z:.2f}",
+        customdata=hover,
+        hovertemplate="%{y} and %{x}<br>Jaccard %{z:.3f}: %{customdata}<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(tickangle=-40)
+    return style(figure, 170 + 32 * len(names))
+
+
+def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
+    """How many units every source's repair removes in every layer."""
+    sources = list(layers)
+    depth = max(map(len, layers.values()), default=0)
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=list(range(depth)),
+        y=[broken(source) for source in sources],
+        z=[layers[source] for source in sources],
+        zmin=0,
+        zmax=max((max(counts) for counts in layers.values()), default=0) or 1,
+        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorbar={"title": "units", "thickness": 12},
+        hovertemplate="%{y}, layer %{x}: %{z} units<extra></extra>",
+        xgap=1,
+        ygap=2,
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title_text="layer", **numbered(depth))
+    return style(figure, 120 + 28 * len(sources))

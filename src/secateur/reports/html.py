@@ -18,10 +18,20 @@ import secateur
 from secateur.attenuation import Attenuation
 from secateur.reports.card import command_line
 from secateur.reports.distributions import Distributions, distributions
-from secateur.reports.figures import candidates_figure, cost_figure, pareto_figure, scenario_figure, widest_increase
+from secateur.reports.figures import (
+    agreement_figure,
+    candidates_figure,
+    cost_figure,
+    layers_figure,
+    matrix_figure,
+    pareto_figure,
+    scenario_figure,
+    widest_increase,
+)
 from secateur.reports.maps import COLUMNS, heads_map, neurons_map, removed_by_layer
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
+from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill
@@ -88,12 +98,26 @@ def render_compare(result: CompareResult) -> str:
     )
 
 
+def render_generalise(result: GeneraliseResult) -> str:
+    """The report of where repairs hold, as HTML."""
+    pictures = {
+        name: {
+            "matrix": _picture(matrix_figure(result, name)),
+            "agreement": _picture(agreement_figure(result, name)),
+            "layers": _picture(layers_figure(result.layers[name])),
+        }
+        for name in result.methods
+    }
+    examples = [(suite, _example(suite)) for suite in result.suites]
+    return _render("generalise.html.j2", result.run, result=result, pictures=pictures, examples=examples)
+
+
 def render_slim(result: SlimResult) -> str:
     """The report of a slimmer model, as HTML."""
-    return _render("slim.html.j2", result.run, pictures=False, result=result, example=_example(result.suite))
+    return _render("slim.html.j2", result.run, plots=False, result=result, example=_example(result.suite))
 
 
-def _render(template: str, run: dict[str, Any], *, pictures: bool = True, **content: Any) -> str:
+def _render(template: str, run: dict[str, Any], *, plots: bool = True, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("secateur.reports"),
         autoescape=True,
@@ -101,7 +125,7 @@ def _render(template: str, run: dict[str, Any], *, pictures: bool = True, **cont
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scripts = [*([get_plotlyjs()] if pictures else []), REPORT_JS]
+    scripts = [*([get_plotlyjs()] if plots else []), REPORT_JS]
     return environment.get_template(template).render(
         version=secateur.__version__,
         date=date.today().isoformat(),

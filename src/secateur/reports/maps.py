@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from secateur.reports.figures import AFTER, style
+from secateur.reports.figures import AFTER, numbered, style
 from secateur.units import Unit, UnitSpace
 
 # Columns of a map; where layers have more units, a column stands for several and shows the highest score.
 COLUMNS = 192
 NAMED = 12
-FEW = 12
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,9 @@ def _map(kind: _Kind, removed: Sequence[Unit], action: str) -> go.Figure | None:
     if scored:
         _draw_scores(figure, kind, width)
     _draw_marks(figure, kind, marked, width, action)
-    figure.update_xaxes(title_text=kind.name, **_numbered(longest))
-    figure.update_yaxes(title_text="layer", **_numbered(layers))
+    figure.update_xaxes(title_text=kind.name, **numbered(longest))
+    figure.update_yaxes(title_text="layer", **numbered(layers))
     return style(figure, 90 + min(560, max(90, 15 * layers)), showlegend=False)
-
-
-def _numbered(count: int) -> dict[str, Any]:
-    """An axis of so many cells, without a tick between two of them."""
-    return {"range": [-0.5, count - 0.5], "zeroline": False, **({"dtick": 1} if count <= FEW else {})}
 
 
 def _draw_scores(figure: go.Figure, kind: _Kind, width: int) -> None:

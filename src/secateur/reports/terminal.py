@@ -24,6 +24,7 @@ from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, MethodResult
 from secateur.studies.localise import LocaliseResult
+from secateur.studies.reach import GENERALISE_FORMAT, Cell, GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import Run
 from secateur.studies.slim import SlimResult
@@ -234,6 +235,53 @@ def compare_lines(result: CompareResult) -> list[str]:
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
 
 
+def generalise_tables(result: GeneraliseResult) -> list[Table]:
+    """A table per method: the change of B by source and target."""
+    return [_matrix_table(result, name) for name in result.methods]
+
+
+def _matrix_table(result: GeneraliseResult, name: str) -> Table:
+    table = Table(title=f"{name}: held-out change of B, %, by where it was fitted", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("fitted on", no_wrap=True)
+    targets = [suite.name for suite in result.suites]
+    for target in targets:
+        table.add_column(escape(target.replace("-", "\n")), justify="right")
+    cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
+    for source in [*targets, *sorted({source for source, _ in cells} - set(targets))]:
+        row = [cells.get((source, target)) for target in targets]
+        table.add_row(escape(source), *("" if cell is None else _cell_text(cell) for cell in row))
+    return table
+
+
+def _cell_text(cell: Cell) -> str:
+    """The change in percent; in bold with a star where it is proven, dim where there was nothing to repair."""
+    text = f"{0 - 100 * cell.reduction.value:+.0f}"
+    return f"[bold]{text}*[/]" if cell.proven else text if cell.to_repair else f"[dim]{text}[/]"
+
+
+def generalise_lines(result: GeneraliseResult) -> list[str]:
+    """The lines under the tables."""
+    lines = ["* proven after Holm's correction for all cells; dim: no bias that can be told from chance before."]
+    for fit in result.fits:
+        if fit.status != "chosen":
+            lines.append(f"{fit.method} on {fit.source}: {fit.status}")
+        elif fit.over_limit and fit.perplexity_increase is not None:
+            lines.append(
+                f"{fit.method} on {fit.source}: perplexity {fit.perplexity_increase.value:+.2%}, over the limit"
+            )
+    for one in result.left_out:
+        what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
+        lines.append(f"{what}: bias {_fall(one.comparison.reduction)} over {len(one.scenarios)} scenarios")
+    lines += result.notes
+    lines += [f"{one.method}: {one.choice}. {one.explanation}" for one in result.advice]
+    usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
+    return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
+
+
+def _fall(reduction: Interval) -> str:
+    return f"{-reduction.value:+.0%} [{-reduction.high:+.0%}, {-reduction.low:+.0%}]"
+
+
 def slim_table(result: SlimResult) -> Table:
     """Before and after of a slimmer model."""
     table = Table(title=escape(f"Slimmer {result.model}"), box=box.SIMPLE_HEAD)
@@ -289,6 +337,7 @@ def show_lines(directory: Path) -> list[str]:
         "result.json": result_lines,
         "audit.json": _audit_lines,
         "compare.json": _compare_lines,
+        "generalise.json": _generalise_lines,
         "partial.json": _partial_lines,
     }
     for place in (directory, directory.with_name(directory.name + PARTIAL_SUFFIX)):
@@ -322,6 +371,17 @@ def _compare_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _generalise_lines(result: dict[str, Any]) -> list[str]:
+    if result.get("format") != GENERALISE_FORMAT:
+        raise DataError("The results were written by another version of Secateur; run the study again.")
+    lines = [f"{result['model']}, suites {', '.join(result['suites'])}; change of B, held out:"]
+    for cell in result["cells"]:
+        change = -cell["reduction"]["value"]
+        proven = " (proven)" if cell["proven"] else ""
+        lines.append(f"  {cell['method']}, {cell['source']} -> {cell['target']}: {change:+.0%}{proven}")
+    return [*lines, *(f"{one['method']}: {one['choice']}. {one['explanation']}" for one in result["advice"])]
+
+
 def _marks(faults: list[str]) -> str:
     return f" (not proven: {'; '.join(faults)})" if faults else ""
 
@@ -330,6 +390,9 @@ def _partial_lines(state: dict[str, Any]) -> list[str]:
     if "methods" in state:
         done = ", ".join(found["name"] for found in state["methods"]) or "no method yet"
         return [f"Interrupted comparison; finished: {done}. The same command carries on."]
+    if "fits" in state:
+        done = ", ".join(f"{fit['method']} on {fit['source']}" for fit in state["fits"]) or "none yet"
+        return [f"Interrupted study of where repairs hold; finished: {done}. The same command carries on."]
     if "candidates" not in state:
         return ["Interrupted repair; no candidate was measured yet. The same command carries on."]
     lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
@@ -14,6 +14,8 @@ from secateur.search.base import Outcome, Problem, Proposals, Selection
 from secateur.studies.record import Recorder
 from secateur.units import Mask
 from secateur.weights import AnyMask
+
+Status = Literal["chosen", "over the limit", "no reduction", "no candidate"]
 
 # Under a mask that destroys the model so far that it answers with numbers that are not finite.
 DESTROYED: dict[str, Any] = {
@@ -150,6 +152,14 @@ class Candidates:
         mask, record = self.measured[number]
         self.measured[number] = (mask, replace(record, chosen=True))
         return mask
+
+    @property
+    def status(self) -> Status:
+        """Whether a mask was chosen; if not, every candidate broke the limit, none inside helped, or there was none."""
+        if any(record.chosen for record in self.records):
+            return "chosen"
+        inside = any(record.within_limit for record in self.records)
+        return "no reduction" if inside else "over the limit" if self.records else "no candidate"
 
     def as_list(self) -> list[dict[str, Any]]:
         """Plain data: every candidate with its removed units; of single weights, their number only."""

@@ -19,14 +19,13 @@ from secateur.progress import Progress
 from secateur.scoring.base import notes_of
 from secateur.search.base import Problem
 from secateur.search.methods import METHODS, Method, method
-from secateur.studies.candidates import CandidateRecord, Candidates
+from secateur.studies.candidates import CandidateRecord, Candidates, Status
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
 from secateur.studies.verdict import examine, examine_random, find_faults
 from secateur.suites import Suite, suite_hash
 from secateur.weights import AnyMask
 
-Status = Literal["chosen", "over the limit", "no reduction", "no candidate", "does not apply"]
 RANDOM = "random"
 DRAWS = 20
 QUICK_MARKERS = 6
@@ -100,7 +99,7 @@ class MethodResult:
 
     name: str
     settings: dict[str, Any]
-    status: Status
+    status: Status | Literal["does not apply"]
     candidates: list[CandidateRecord]
     localise_tokens: int
     tokens_forward: int
@@ -287,15 +286,11 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
     candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
     mask = candidates.choose()
     figures: dict[str, Any] = {}
-    status: Status = "chosen"
     draws: list[Comparison] = []
     if chosen.name == RANDOM and candidates.records:
         count = settings.random_draws or DRAWS
         draws = examine_random(parts, mask or _standing_in(candidates), count, settings.seed, recorder)
-    if mask is None:
-        inside = any(record.within_limit for record in candidates.records)
-        status = "no reduction" if inside else "over the limit" if candidates.records else "no candidate"
-    else:
+    if mask is not None:
         test = examine(parts, mask, settings.seed, recorder)
         figures = {
             "heads": mask.heads_removed,
@@ -314,7 +309,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
     return MethodResult(
         name=chosen.name,
         settings=chosen.settings,
-        status=status,
+        status=candidates.status,
         candidates=candidates.records,
         localise_tokens=problem.localise_tokens,
         tokens_forward=recorder.usage.forward,

@@ -27,7 +27,14 @@ from secateur.units import check_ablation
 
 FOLD_PROMPTS = 256
 CONTROL_PROMPTS = 96
-LEAST = {"batch_size": 1, "masks_at_once": 1, "kept_mib": 0, "max_markers": 2, "utility_tokens": 512}
+LEAST = {
+    "batch_size": 1,
+    "masks_at_once": 1,
+    "kept_mib": 0,
+    "max_markers": 2,
+    "max_test_markers": 2,
+    "utility_tokens": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class StudySettings:
     masks_at_once: masks in one forward pass where many are measured, each with its own rows.
     kept_mib: MiB of hidden states that a search may keep, to begin the next mask where it differs; 0 for none.
     chat: "auto", "chat" or "plain".
-    max_markers: at most so many markers per group in fit and select; None for all. Test uses all.
+    max_markers: at most so many markers per group in fit and select; None for all.
+    max_test_markers: the same for test.
     utility_text: a text file instead of the built-in neutral corpus.
     utility_tokens: tokens of it per part; None for all.
     control_suite: a non-demographic suite measured before and after; None for none.
@@ -57,6 +65,7 @@ class StudySettings:
     kept_mib: int = 1024
     chat: ChatMode = "auto"
     max_markers: int | None = None
+    max_test_markers: int | None = None
     utility_text: str | Path | None = None
     utility_tokens: int | None = DEFAULT_UTILITY_TOKENS
     control_suite: str | None = "control-colour"
@@ -114,7 +123,7 @@ class Parts:
         store: Store | None = None,
         cluster: Pool | None = None,
     ) -> Parts:
-        splits = split(suite, settings.seed, settings.max_markers)
+        splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 

@@ -18,6 +18,8 @@ from secateur.weights import AnyMask, WeightMask, load_mask
 PLAN_FORMAT = "secateur-plan-1"
 PLAN_FILE = "plan.json"
 MASK_FILE = "mask.safetensors"
+# Where the plan lies in a directory of weights: some loaders take every safetensors file beside a config for weights.
+BESIDE_WEIGHTS = "secateur"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +106,17 @@ def _removed(mask: AnyMask) -> dict[str, Any]:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan from a run's directory or from its ``plan.json``.
+    """Read a plan from a run's directory, from what was exported or made slimmer, or from its ``plan.json``.
 
     Raises
     ------
     MaskError: there is no plan, or it cannot be read.
     """
     path = Path(path).expanduser()
-    file = path / PLAN_FILE if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        places = [path / inner / PLAN_FILE for inner in ("", BESIDE_WEIGHTS, f"checkpoint/{BESIDE_WEIGHTS}")]
+        file = next((place for place in places if place.is_file()), places[0])
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -11,7 +11,13 @@ from secateur.errors import DataError
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
 
-RESULTS = {"result.json": "repair", "compare.json": "compare", "audit.json": "audit", "localise.json": "localise"}
+RESULTS = {
+    "result.json": "repair",
+    "compare.json": "compare",
+    "generalise.json": "generalise",
+    "audit.json": "audit",
+    "localise.json": "localise",
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Run:
     Attributes
     ----------
     path: its directory, under the name that it was asked for.
-    study: "repair", "compare", "audit" or "localise".
+    study: "repair", "compare", "generalise", "audit" or "localise".
     suite, model: as in its result; empty where an interrupted run does not say.
     finished: whether the result is there.
     summary: the verdict, the best method, or what an interrupted run has measured.
@@ -57,7 +63,7 @@ def read_run(directory: Path) -> Run | None:
     for name, study in RESULTS.items():
         content = _read(directory / name)
         if content is not None:
-            suite, model = str(content.get("suite", "")), str(content.get("model", ""))
+            suite, model = _suites(content), str(content.get("model", ""))
             return Run(directory, study, suite, model, True, _summary(study, content))
     return None
 
@@ -86,6 +92,7 @@ def _interrupted(directory: Path) -> Run | None:
         with Store(directory / MEASURED, str(key["model"])) as store:
             measured = len(store)
     done = [str(found["name"]) for found in state.get("methods", [])]
+    done += [f"{fit['method']} on {fit['source']}" for fit in state.get("fits", [])]
     summary = f"interrupted, {measured} measurements" + (f"; finished: {', '.join(done)}" if done else "")
     path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
     return Run(
@@ -107,6 +114,10 @@ def _read(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def _suites(content: dict[str, Any]) -> str:
+    return ", ".join(content["suites"]) if "suites" in content else str(content.get("suite", ""))
+
+
 def _summary(study: str, content: dict[str, Any]) -> str:
     if study == "repair" and content.get("test"):
         reduction = content["test"]["reduction"]["value"]
@@ -119,6 +130,8 @@ def _summary(study: str, content: dict[str, Any]) -> str:
             return "no method passed"
         doubt = " (not proven)" if best.get("faults") else ""
         return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
+    if study == "generalise":
+        return "; ".join(f"{one['method']}: {one['choice']}" for one in content["advice"])
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
     return f"scores of {content.get('method', '')}"

@@ -1,0 +1,114 @@
+"""One repair for all uses, or one adapter per use: what the held-out figures say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from secateur.measures.disparity import Interval, Table, interval_of_bias, reduction_replicates, suite_bias
+from secateur.measures.disparity import reduction as reduction_of
+
+Choice = Literal["one repair per use", "one repair for all", "leave as it is", "not decided"]
+# A shared repair that loses less than this to the use's own is worth its simplicity.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use to advise on.
+
+    Attributes
+    ----------
+    before: y on the test part without a mask. own: under the mask that was fitted on the use, None without one.
+    shared: under masks that were fitted elsewhere.
+    """
+
+    name: str
+    before: Table
+    own: Table | None
+    shared: list[Table]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and the figures that say so.
+
+    Attributes
+    ----------
+    own, shared: mean reduction over the uses by their own masks and by masks fitted elsewhere.
+    difference: own minus shared.
+    uses: names of the uses with a bias to repair, that the means are over.
+    """
+
+    method: str
+    choice: Choice
+    explanation: str
+    own: Interval | None = None
+    shared: Interval | None = None
+    difference: Interval | None = None
+    uses: tuple[str, ...] = ()
+
+
+def advise(method: str, uses: list[Use], seed: int = 0) -> Advice:
+    """Compare own repairs with shared ones on the uses that have a bias to repair.
+
+    A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide. A
+    use without a mask of its own is left as it is, a reduction of 0.
+    """
+    judged = [use for use in uses if use.shared and interval_of_bias(use.before, seed).low > 0]
+    if not judged:
+        return Advice(
+            method,
+            "leave as it is",
+            "On no use can a bias be told from chance on its test part and a repair from elsewhere be judged, so there "
+            "is nothing to choose between.",
+        )
+    points = np.array([_reductions(use, seed) for use in judged])  # (uses, 2)
+    drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (2, replicates)
+    own, shared = (_interval(points[:, one].mean(), drawn[one]) for one in (0, 1))
+    difference = _interval((points[:, 0] - points[:, 1]).mean(), drawn[0] - drawn[1])
+    choice, reason = _choose(own, shared, difference)
+    figures = (
+        f"On {len(judged)} uses with a bias to repair, a repair of their own lowers it by {_percent(own)} on average, "
+        f"one fitted elsewhere by {_percent(shared)}; the difference is {_percent(difference)}."
+    )
+    return Advice(method, choice, f"{reason} {figures}", own, shared, difference, tuple(use.name for use in judged))
+
+
+def _choose(own: Interval, shared: Interval, difference: Interval) -> tuple[Choice, str]:
+    if own.high <= 0 and shared.high <= 0:
+        return "leave as it is", "Neither lowers the bias."
+    if difference.low > 0:
+        return "one repair per use", "Repairs do not carry over: make one for every use, as an adapter."
+    if difference.high < MARGIN and shared.low > 0:
+        return "one repair for all", "Repairs carry over: one for all uses loses little."
+    return "not decided", "The figures do not decide; a repair for every use is the safer choice, once it is proven."
+
+
+def _tables(use: Use) -> list[Table]:
+    return [use.before if use.own is None else use.own, *use.shared]
+
+
+def _reductions(use: Use, seed: int) -> tuple[float, float]:
+    """By the own mask, and the mean over the masks from elsewhere."""
+    before = suite_bias(use.before, seed).corrected
+    after = [suite_bias(table, seed).corrected for table in _tables(use)]
+    found = np.clip(reduction_of(before, np.array(after)), -1, 1)
+    return float(found[0]), float(found[1:].mean())
+
+
+def _replicates(use: Use, seed: int) -> np.ndarray:
+    """The same under resamples, (2, replicates)."""
+    found = np.clip(reduction_replicates(use.before, _tables(use), seed), -1, 1)
+    return np.stack([found[0], found[1:].mean(axis=0)])
+
+
+def _interval(value: float, replicates: np.ndarray) -> Interval:
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high))
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"

@@ -1,0 +1,522 @@
+"""``generalise``: where a repair holds. Fitted on one suite, judged on the held-out part of every other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from secateur.errors import SettingError
+from secateur.evaluation.evaluator import Pool
+from secateur.evaluation.store import Store
+from secateur.measures.disparity import Comparison, Interval, Table, compare, holm, p_value
+from secateur.measures.overlap import overlap
+from secateur.measures.splits import split
+from secateur.models import LanguageModel
+from secateur.progress import Progress
+from secateur.search.methods import DEFAULT_METHOD, Method, method
+from secateur.studies.advice import Advice, Use, advise
+from secateur.studies.candidates import Candidates
+from secateur.studies.leave_one_out import LeftOut, leave_one_out
+from secateur.studies.parts import Parts, StudySettings
+from secateur.studies.plan import Plan
+from secateur.studies.reach import Agreement, Cell, Fit, GeneraliseResult, Relation
+from secateur.studies.record import Recorder
+from secateur.suites import Suite, suite_hash
+from secateur.suites.joining import alike, joined
+from secateur.units import Mask, UnitSpace
+from secateur.weights import AnyMask, WeightMask
+
+Mode = Literal["across", "attributes", "languages", "joint", "specific", "within"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+PAIRED: tuple[Mode, ...] = ("across", "attributes", "languages")
+ALL_BUT = "all but "
+QUICK_MARKERS = 6
+QUICK_TOKENS = 1536
+SUITES_TO_JOIN = 3
+LEAST_TO_JUDGE = 2  # markers of every group
+
+
+@dataclass(frozen=True)
+class GeneraliseSettings(StudySettings):
+    """What this study can be told, besides what every study can.
+
+    Attributes
+    ----------
+    methods: names of the methods. options: their settings by method.
+    modes: what to look at. Pairs of suites, by what they differ in: "languages", "attributes", or else the domain,
+        "across"; "joint": fitted on all suites of the same groups but one, and judged on that one; "specific": fitted
+        on one scenario and judged on it; "within": fitted on all scenarios of a suite but one, and judged on that one.
+    random_draws: random masks of a choice's own size that are judged where it was fitted.
+    scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
+    quick: few markers and little text: minutes, wider intervals.
+    """
+
+    methods: tuple[str, ...] = (DEFAULT_METHOD,)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modes: tuple[Mode, ...] = PAIRED
+    random_draws: int = 3
+    scenarios_left_out: int | None = 6
+    quick: bool = False
+
+    def check(self) -> None:
+        super().check()
+        self.check_least("random_draws", 0)
+        self.check_least("scenarios_left_out", 1)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise SettingError("Name one method or several, each once.")
+        for name in {*self.options} - {*self.methods}:
+            raise SettingError(f"There are settings for the method '{name}', which does not take part.")
+        for name in self.methods:
+            method(name, self.options.get(name))
+        for mode in self.modes:
+            if mode not in MODES:
+                raise SettingError(f"Unknown mode '{mode}'; choose among: {', '.join(MODES)}.")
+        if not self.modes:
+            raise SettingError(f"Name at least one mode of: {', '.join(MODES)}.")
+
+    def reduced(self) -> GeneraliseSettings:
+        """The same on less data if it is to be quick."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
+            max_test_markers=min(self.max_test_markers or QUICK_MARKERS, QUICK_MARKERS),
+            utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
+            random_draws=min(self.random_draws, 1),
+            scenarios_left_out=min(self.scenarios_left_out or 2, 2),
+        )
+
+
+FitKey = tuple[str, str]
+Remember = Callable[[Fit, Plan | None], None]
+
+
+def check_suites(suites: Sequence[Suite], settings: GeneraliseSettings) -> None:
+    """Refuse suites that cannot be set side by side.
+
+    Raises
+    ------
+    SettingError: fewer than two, one twice, or no pair that the modes are about.
+    SuiteError: one has too few markers or wordings to hold a part out.
+    """
+    if len(suites) < 2:
+        raise SettingError("Generalising needs at least two suites; name more with --suites.")
+    names = [suite.name for suite in suites]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError(f"Suite '{name}' is named twice.")
+    for suite in suites:
+        split(suite, settings.seed)
+    kinds = {relation(one, other) for one in suites for other in suites if one is not other}
+    wanted = set(settings.modes)
+    if not wanted & kinds and not wanted - set(PAIRED):
+        raise SettingError(
+            f"The suites differ in other things than the modes look at; add one of: {', '.join(sorted(kinds))}."
+        )
+    if wanted == {"joint"} and not joint_families(suites):
+        raise SettingError(f"The mode 'joint' needs at least {SUITES_TO_JOIN} suites with the same groups.")
+
+
+def relation(source: Suite, target: Suite) -> Relation:
+    """What a target differs in from a source."""
+    if source.name == target.name:
+        return "own"
+    if source.language != target.language:
+        return "languages"
+    return "attributes" if source.attribute != target.attribute else "across"
+
+
+def joint_families(suites: Sequence[Suite]) -> list[list[Suite]]:
+    """The suites that can be joined, by family; families too small to leave one out are not among them."""
+    families: list[list[Suite]] = []
+    for suite in suites:
+        home = next((family for family in families if alike(family[0], suite)), None)
+        if home is None:
+            families.append([suite])
+        else:
+            home.append(suite)
+    return [family for family in families if len(family) >= SUITES_TO_JOIN]
+
+
+def generalise(
+    model: LanguageModel,
+    suites: Sequence[Suite],
+    settings: GeneraliseSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    remembered: dict[FitKey, tuple[Fit, AnyMask | None]] | None = None,
+    remember: Remember = lambda _, __: None,
+    store: Store | None = None,
+    cluster: Pool | None = None,
+) -> GeneraliseResult:
+    """Fit every method on every suite, and judge every mask on the test part of every other suite.
+
+    A source's choice is made on its own fit and select parts. Of a target's test markers those that the source has
+    fitted or chosen by, because both suites have them, are left out.
+
+    Parameters
+    ----------
+    remembered: fits of an interrupted run, by method and source, with their masks; not made again.
+    remember: called with every fit, and its plan, as soon as it is there.
+    store: keeps every measured mask. cluster: measures many masks at once, or None.
+    """
+    settings = (settings or GeneraliseSettings()).reduced()
+    settings.check()
+    check_suites(suites, settings)
+    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.methods]
+    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
+    for chosen in methods:
+        for suite in suites:
+            chosen.check(model, suite, settings.ablation)
+    study = _Study(model, list(suites), settings, progress or Progress(), store, cluster, remembered or {}, remember)
+    study.prepare()
+    for chosen in methods:
+        study.fit_all(chosen)
+    cells = _corrected([cell for chosen in methods for cell in study.judge(chosen.name)])
+    agreements = _agreements_corrected([one for chosen in methods for one in study.agreements(chosen.name)])
+    left_out = [one for chosen in methods for one in study.leave_out(chosen)]
+    return GeneraliseResult(
+        model=model.source,
+        suites=list(suites),
+        limit=settings.max_perplexity_increase,
+        control_suite=settings.control_suite,
+        fits=list(study.fits.values()),
+        cells=cells,
+        agreements=agreements,
+        layers={chosen.name: study.layers(chosen.name) for chosen in methods},
+        left_out=left_out,
+        advice=[study.advice(chosen.name) for chosen in methods],
+        notes=notes(suites, settings),
+        run=study.describe(),
+    )
+
+
+def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
+    """What a reader should know of the suites, in sentences."""
+    kinds = sorted({scenario.measure.kind for suite in suites for scenario in suite.scenarios})
+    said = []
+    if len(kinds) > 1:
+        said.append(
+            f"The suites hold different measures ({', '.join(kinds)}); B stands in units of the spread within groups, "
+            "so reductions of B can be set side by side, gaps cannot."
+        )
+    if "joint" in settings.modes:
+        inside = {suite.name for family in joint_families(suites) for suite in family}
+        outside = [suite.name for suite in suites if suite.name not in inside]
+        if outside:
+            said.append(
+                f"Not in the joint mode, which needs {SUITES_TO_JOIN} suites of the same groups: {', '.join(outside)}."
+            )
+    return said
+
+
+@dataclass(eq=False)
+class _Study:
+    """The parts of every suite, and what has been chosen on them."""
+
+    model: LanguageModel
+    suites: list[Suite]
+    settings: GeneraliseSettings
+    progress: Progress
+    store: Store | None
+    cluster: Pool | None
+    remembered: dict[FitKey, tuple[Fit, AnyMask | None]]
+    remember: Remember
+    recorder: Recorder = field(init=False)
+    parts: dict[str, Parts] = field(init=False, default_factory=dict)
+    fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
+    masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.model, self.progress)
+
+    def prepare(self) -> None:
+        """Measure the unpruned model on every suite."""
+        for suite in self.suites:
+            self.parts[suite.name] = self._parts(suite)
+        for parts in self.parts.values():
+            parts.measure_unpruned(self.recorder)
+
+    def _parts(self, suite: Suite) -> Parts:
+        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster)
+
+    def fit_all(self, chosen: Method) -> None:
+        """Fit a method on every suite and, where that is asked for, on all suites but one."""
+        for suite in self.suites:
+            self._fit(chosen, suite.name, self.parts[suite.name])
+        for target, others in self._joint():
+            suite = joined(others, f"all-but-{target.name}")
+            self._fit(chosen, ALL_BUT + target.name, self._parts(suite), judged=False)
+
+    def _joint(self) -> list[tuple[Suite, list[Suite]]]:
+        """Every target of the joint mode with the suites to fit on."""
+        if "joint" not in self.settings.modes:
+            return []
+        families = joint_families(self.suites)
+        return [(one, [other for other in family if other is not one]) for family in families for one in family]
+
+    def _fit(self, chosen: Method, source: str, parts: Parts, judged: bool = True) -> None:
+        """Choose a mask on one source, and judge it there."""
+        key = chosen.name, source
+        if key in self.remembered:
+            self.fits[key], mask = self.remembered[key]
+        else:
+            self.progress.say(f"{chosen.name} on {source}")
+            recorder = Recorder(self.model, self.progress)
+            problem = parts.problem(self.settings, recorder)
+            candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
+            candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+            mask = candidates.choose()
+            fit = self._judged_at_home(chosen.name, source, parts, candidates, mask, recorder, judged)
+            self.fits[key] = fit
+            self.remember(fit, None if mask is None else self._plan(fit, mask, parts))
+        if mask is not None:
+            self.masks[key] = mask
+
+    def _judged_at_home(
+        self,
+        name: str,
+        source: str,
+        parts: Parts,
+        candidates: Candidates,
+        mask: AnyMask | None,
+        recorder: Recorder,
+        judged: bool,
+    ) -> Fit:
+        """A fit with its figures on the test part of the text and, if it is a suite's own, of the suite."""
+        seed, limit = self.settings.seed, self.settings.max_perplexity_increase
+        figures: dict[str, Any] = {}
+        if mask is not None:
+            with recorder.step(f"Test: {source}", 2 * parts.test.work(utility=True)) as advance:
+                before = parts.test.evaluate(None, advance, utility=True).table
+                after = parts.test.evaluate(mask, advance, utility=True).table
+            increase = parts.test.perplexity_increase(mask, seed)
+            figures = {
+                "heads": mask.heads_removed,
+                "neurons": mask.neurons_removed,
+                "weights": mask.weights_removed,
+                "own": compare(before, after, seed) if judged else None,
+                "control": self._control(parts, mask, recorder),
+                "perplexity_before": parts.test.perplexity(),
+                "perplexity_after": parts.test.perplexity(mask),
+                "perplexity_increase": increase,
+                "over_limit": increase.value > limit,
+            }
+        return Fit(
+            method=name,
+            source=source,
+            status=candidates.status,
+            candidates=candidates.records,
+            tokens_forward=recorder.usage.forward,
+            tokens_backward=recorder.usage.backward,
+            seconds=recorder.seconds,
+            **figures,
+        )
+
+    def _control(self, parts: Parts, mask: AnyMask, recorder: Recorder) -> Comparison | None:
+        if parts.control is None:
+            return None
+        with recorder.step("Control suite", 2 * parts.control.work()) as advance:
+            before = parts.control.evaluate(None, advance).table
+            return compare(before, parts.control.evaluate(mask, advance).table, self.settings.seed)
+
+    def _plan(self, fit: Fit, mask: AnyMask, parts: Parts) -> Plan:
+        """The mask with what is known of it, so that it can be exported for its use."""
+        suite = parts.select.prompts.suite
+        told = {**self.settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
+        run = self.recorder.describe(told)
+        record = {
+            "model": self.model.source,
+            "suite": suite.name,
+            "method": fit.method,
+            "settings": told,
+            "splits": parts.splits.describe(suite),
+            "versions": run["versions"],
+            "command": run["command"],
+            "test": None,
+            "utility": None,
+        }
+        if fit.own is not None and fit.perplexity_increase is not None:
+            own = fit.own
+            record["test"] = {
+                "bias_before": own.before.as_dict(),
+                "bias_after": own.after.as_dict(),
+                "reduction": own.reduction.as_dict(),
+            }
+            record["utility"] = {
+                "perplexity_before": fit.perplexity_before,
+                "perplexity_after": fit.perplexity_after,
+                "perplexity_increase": fit.perplexity_increase.as_dict(),
+            }
+            record["verdict"] = "measured"
+            record["explanation"] = "Random masks were compared on all uses together; see generalise.json."
+        return Plan(mask, record)
+
+    def judge(self, name: str) -> list[Cell]:
+        """Every mask of a method on every target that the modes are about."""
+        cells = []
+        for target in self.suites:
+            pairs = self._sources(name, target)
+            own = self.masks.get((name, target.name))
+            rng = np.random.default_rng(self.settings.seed + 1)
+            draws = [] if own is None else [own.random_like(rng) for _ in range(self.settings.random_draws)]
+            test = self.parts[target.name].test
+            masks = [mask for _, _, mask in pairs] + draws
+            what = f"{name} on {target.name}: {len(masks)} masks"
+            with self.recorder.step(what, len(masks) * test.work()) as advance:
+                found = list(test.evaluate_each(masks, advance))
+            for (source, how, _), measured in zip(pairs, found, strict=False):
+                if measured is not None:
+                    cell = self._cell(name, source, target, how, measured.table)
+                    cells += [cell] if cell is not None else []
+            tables = [measured.table for measured in found[len(pairs) :] if measured is not None]
+            cells += [self._random_cell(name, target, tables)] if tables else []
+        return cells
+
+    def _sources(self, name: str, target: Suite) -> list[tuple[str, Relation, AnyMask]]:
+        """What a target is judged under: source, relation and mask."""
+        asked: list[tuple[str, Relation]] = []
+        for suite in self.suites:
+            how = relation(suite, target)
+            if how == "own" or how in self.settings.modes:
+                asked.append((suite.name, how))
+        if any(one.name == target.name for one, _ in self._joint()):
+            asked.append((ALL_BUT + target.name, "joint"))
+        return [(source, how, self.masks[name, source]) for source, how in asked if (name, source) in self.masks]
+
+    def _cell(self, name: str, source: str, target: Suite, how: Relation, after: Table) -> Cell | None:
+        """One cell; None where the source has seen too many of the target's markers."""
+        keep = self._unseen(source, target)
+        before = self._before(target)
+        counts = [int(keep[before.groups == group].sum()) for group in range(before.n_groups)]
+        if min(counts) < LEAST_TO_JUDGE:
+            self.progress.say(f"{source} has seen the markers of {target.name}; the pair is left out")
+            return None
+        found = compare(before.of_markers(keep), after.of_markers(keep), self.settings.seed)
+        return Cell(
+            name, source, target.name, how, sum(counts), found.before, found.after, found.reduction, found.change
+        )
+
+    def _random_cell(self, name: str, target: Suite, tables: list[Table]) -> Cell:
+        """Mean over random masks, with the smallest and the largest in place of an interval."""
+        before = self._before(target)
+        found = [compare(before, table, self.settings.seed) for table in tables]
+
+        def spread(values: list[float]) -> Interval:
+            return Interval(float(np.mean(values)), min(values), max(values))
+
+        return Cell(
+            method=name,
+            source="random masks",
+            target=target.name,
+            relation="random",
+            markers=len(before.groups),
+            before=found[0].before,
+            after=spread([one.after.value for one in found]),
+            reduction=spread([one.reduction.value for one in found]),
+            change=spread([one.change.value for one in found]),
+        )
+
+    def _before(self, target: Suite) -> Table:
+        return self.parts[target.name].test.evaluate().table
+
+    def _unseen(self, source: str, target: Suite) -> np.ndarray:
+        """Which test markers of a target the source has neither fitted nor chosen by, bool (markers,)."""
+        prompts = self.parts[target.name].test.prompts
+        names = [marker for markers in target.groups.values() for marker in markers]
+        seen: set[str] = set()
+        # A joint source has the markers of its family, dealt by the same seed into the same parts.
+        home = self.parts.get(source) or self.parts[source.removeprefix(ALL_BUT)]
+        theirs = [marker for markers in home.select.prompts.suite.groups.values() for marker in markers]
+        for part in (home.splits.fit, home.splits.select):
+            seen |= {theirs[marker] for marker in part.markers}
+        return np.array([names[marker] not in seen for marker in prompts.markers])
+
+    def agreements(self, name: str) -> list[Agreement]:
+        """Every two suites' units side by side; nothing for masks of single weights."""
+        space, found = UnitSpace.of(self.model), []
+        chosen = {suite.name: self._units(name, suite.name) for suite in self.suites}
+        names = [one for one, units in chosen.items() if units is not None]
+        for number, one in enumerate(names):
+            for other in names[number + 1 :]:
+                a, b = chosen[one], chosen[other]
+                assert a is not None
+                assert b is not None
+                kinds = [[units[units < space.n_heads], units[units >= space.n_heads]] for units in (a, b)]
+                both = np.intersect1d(a, b)
+                agreement = overlap(kinds[0], kinds[1], (space.n_heads, space.n_neurons))
+                found.append(Agreement(name, one, other, agreement, per_layer(space, both)))
+        return found
+
+    def _units(self, name: str, source: str) -> np.ndarray | None:
+        mask = self.masks.get((name, source))
+        if mask is None or isinstance(mask, WeightMask):
+            return None
+        return np.asarray(mask.removed if isinstance(mask, Mask) else mask.changed)
+
+    def layers(self, name: str) -> dict[str, list[int]]:
+        """Units of every source, by layer."""
+        space = UnitSpace.of(self.model)
+        found = {source: self._units(name, source) for method_name, source in self.masks if method_name == name}
+        return {source: per_layer(space, units) for source, units in found.items() if units is not None}
+
+    def leave_out(self, chosen: Method) -> list[LeftOut]:
+        """The modes "specific" and "within"."""
+        modes = [mode for mode in ("specific", "within") if mode in self.settings.modes]
+        if not modes:
+            return []
+        return [
+            one
+            for suite in self.suites
+            for one in leave_one_out(
+                self.parts[suite.name], chosen, self.settings, self.recorder, modes, self.settings.scenarios_left_out
+            )
+        ]
+
+    def advice(self, name: str) -> Advice:
+        """One repair for all uses, or one per use."""
+        uses = []
+        for target in self.suites:
+            test, mask = self.parts[target.name].test, self.masks.get((name, target.name))
+            sources = [one for one in self._sources(name, target) if one[1] in ("joint", "across")]
+            joint = [one for one in sources if one[1] == "joint"]
+            shared = [test.evaluate(other).table for _, _, other in joint or sources]
+            own = None if mask is None else test.evaluate(mask).table
+            uses.append(Use(target.name, self._before(target), own, shared))
+        return advise(name, uses, self.settings.seed)
+
+    def describe(self) -> dict[str, Any]:
+        """The record of the run; what finished before an interruption belongs to the cost, too."""
+        suites = {suite.name: suite_hash(suite) for suite in self.suites}
+        told = {**self.settings.as_dict(), "suite_hash": ", ".join(suites.values())}
+        run = self.recorder.describe(told)
+        before = [fit for key, fit in self.fits.items() if key in self.remembered]
+        for name in ("tokens_forward", "tokens_backward", "seconds"):
+            run[name] += sum(getattr(fit, name) for fit in before)
+        return {**run, "suite_hashes": suites}
+
+
+def per_layer(space: UnitSpace, units: np.ndarray) -> list[int]:
+    """How many of some flat positions lie in every layer, (layers,)."""
+    layers = range(space.n_layers)
+    parts = [(space.head_slice(layer), space.neuron_slice(layer)) for layer in layers]
+    return [int(sum(((units >= part.start) & (units < part.stop)).sum() for part in both)) for both in parts]
+
+
+def _corrected(cells: list[Cell]) -> list[Cell]:
+    """Cells with p-values corrected for all of them; random masks are no tests."""
+    tested = [number for number, cell in enumerate(cells) if cell.relation != "random"]
+    adjusted = holm(np.array([p_value(cells[number].change) for number in tested]))
+    corrected = list(cells)
+    for number, p in zip(tested, adjusted, strict=True):
+        corrected[number] = replace(cells[number], p_holm=float(p))
+    return corrected
+
+
+def _agreements_corrected(agreements: list[Agreement]) -> list[Agreement]:
+    adjusted = holm(np.array([one.found.p_value for one in agreements]))
+    return [replace(one, p_holm=float(p)) for one, p in zip(agreements, adjusted, strict=True)]

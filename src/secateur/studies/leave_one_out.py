@@ -1,0 +1,157 @@
+"""One scenario at a time: fitted on it alone, or on all the others of its suite, and judged on it, held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.evaluation.evaluator import Evaluator
+from secateur.measures.disparity import Comparison, Table, compare, corrected_choice, p_value
+from secateur.scoring.base import UnitKind
+from secateur.search.base import Problem
+from secateur.search.combining import RULES
+from secateur.search.methods import Method
+from secateur.studies.parts import Parts, StudySettings
+from secateur.studies.record import Recorder
+from secateur.units import Mask
+
+# Shares of a kind's units that are tried, the largest first; on a model of 46,080 neurons these are 128, 32 and 8.
+SHARES: dict[UnitKind, tuple[float, ...]] = {"neurons": (0.0028, 0.0007, 0.0002), "heads": (0.015, 0.0075, 0.0037)}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How repairs of single scenarios, or of all but one, do on the scenario in question.
+
+    Attributes
+    ----------
+    mode: "specific": fitted on the scenario; "within": on all the others of the suite.
+    rule: how the scores of several scenarios were combined; empty for one.
+    scenarios: those that were judged. units: removed for each; 0 where no count lowered the bias within the limit.
+    comparison: B over these scenarios, each under its own mask. p: of no change.
+    """
+
+    method: str
+    suite: str
+    mode: str
+    rule: str
+    scenarios: list[str]
+    units: list[int]
+    comparison: Comparison
+    p: float
+
+
+def leave_one_out(
+    parts: Parts,
+    chosen: Method,
+    settings: StudySettings,
+    recorder: Recorder,
+    modes: Sequence[str],
+    most: int | None = None,
+) -> list[LeftOut]:
+    """Judge a method's scores scenario by scenario.
+
+    Every scenario of the fit part is scored once. Units of one kind, neurons where the method scores them, are removed
+    by one scenario's scores or by the combined scores of several; their number is the largest of three that lowers the
+    bias on the select part of the scenarios that were fitted within the limit. Judged is the test part of the scenario
+    in question: new markers, and for "within" a new situation, too.
+
+    Parameters
+    ----------
+    most: judge so many scenarios, evenly spaced; None for all.
+    """
+    run = _Run(parts, chosen, settings, recorder)
+    everything = parts.fit.prompts.scenarios
+    count = len(everything) if most is None else min(most, len(everything))
+    judged = [everything[at] for at in np.linspace(0, len(everything) - 1, count).round().astype(int)]
+    found = []
+    if "specific" in modes:
+        found.append(run.judge("specific", "", judged, lambda one: [one], RULES["mean score"]))
+    if "within" in modes and len(everything) > 1:
+        for rule, combine in RULES.items():
+            found.append(
+                run.judge("within", rule, judged, lambda one: [other for other in everything if other != one], combine)
+            )
+    return found
+
+
+class _Run:
+    """The scores of every scenario, and what is made of them."""
+
+    def __init__(self, parts: Parts, chosen: Method, settings: StudySettings, recorder: Recorder) -> None:
+        self.parts, self.chosen, self.settings, self.recorder = parts, chosen, settings, recorder
+        self.kind: UnitKind = "neurons" if "neurons" in chosen.scorer.kinds else "heads"
+        self.problem = parts.problem(settings, recorder)
+        fit, space = parts.fit, self.problem.space
+        self.numbers = fit.prompts.scenarios
+        self.start, total = (0, space.n_heads) if self.kind == "heads" else (space.n_heads, space.n_neurons)
+        self.counts = [max(1, round(share * total)) for share in SHARES[self.kind]]
+        select = parts.select
+        self.whole = select.on(select.prompts, None)
+        # Measures perplexity, so that a mask reads the text once, however many scenarios are asked about.
+        self.reader = select.on(select.prompts.of_scenarios(self.numbers[:1]), select.text)
+        ranks = [self._rank(fit.on(fit.prompts.of_scenarios([number]), fit.text)) for number in self.numbers]
+        self.ranks = np.stack(ranks)  # (scenarios, units of the kind)
+
+    def _rank(self, fit: Evaluator) -> np.ndarray:
+        """Scores of the units of the kind from one scenario, unscored ones last."""
+        alone = Problem(self.problem.model, fit, [fit], self.recorder.step, self.problem.means)
+        rank = np.asarray(alone.score(self.chosen.scorer).rank, dtype=float)
+        rank = rank[self.start :] if self.kind == "neurons" else rank[: self.problem.space.n_heads]
+        return np.where(np.isnan(rank), -np.inf, rank)
+
+    @staticmethod
+    def _of(part: Evaluator, scenario: int) -> Evaluator:
+        return part.on(part.prompts.of_scenarios([scenario]), None)
+
+    def judge(
+        self,
+        mode: str,
+        rule: str,
+        judged: list[int],
+        fitted: Callable[[int], list[int]],
+        combine: Callable[[np.ndarray, int], np.ndarray],
+    ) -> LeftOut:
+        """Choose a mask for every scenario from others, and put the scenarios' test rows together."""
+        befores, afters, units = [], [], []
+        what = f"{self.chosen.name}, {mode} {rule}".strip()
+        with self.recorder.step(f"{what}: {self.parts.select.prompts.suite.name}", len(judged)) as advance:
+            for scenario in judged:
+                mask = self._choose(fitted(scenario), combine)
+                test = self._of(self.parts.test, scenario)
+                befores.append(test.evaluate(None).table)
+                afters.append(befores[-1] if mask is None else test.evaluate(mask).table)
+                units.append(0 if mask is None else mask.heads_removed + mask.neurons_removed)
+                advance(1)
+        comparison = compare(_stacked(befores), _stacked(afters), self.settings.seed)
+        suite = self.parts.select.prompts.suite
+        names = [suite.scenarios[number].id for number in judged]
+        p = p_value(comparison.change)
+        return LeftOut(self.chosen.name, suite.name, mode, rule, names, units, comparison, p)
+
+    def _choose(self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]) -> Mask | None:
+        """The largest mask that lowers the bias on the select part of some scenarios within the limit."""
+        seed, limit = self.settings.seed, self.settings.max_perplexity_increase
+        alone = len(scenarios) == 1
+        asked = self._of(self.parts.select, scenarios[0]) if alone else self.whole
+        rows = [asked.prompts.scenarios.index(number) for number in scenarios]
+        before = corrected_choice(asked.evaluate().table.of_scenarios(rows), seed)
+        ranks = self.ranks[[self.numbers.index(number) for number in scenarios]]
+        for count in self.counts:
+            removed = self.start + combine(ranks, count)
+            if not len(removed):
+                continue
+            mask = self.problem.mask(removed)
+            self.reader.evaluate(mask, utility=True)
+            increase = self.reader.perplexity_increase(mask, seed)
+            if increase.value + increase.standard_error > limit:
+                continue
+            if corrected_choice(asked.evaluate(mask).table.of_scenarios(rows), seed) < before:
+                return mask
+        return None
+
+
+def _stacked(tables: list[Table]) -> Table:
+    return Table(np.concatenate([table.y for table in tables]), tables[0].groups)

@@ -1,0 +1,191 @@
+"""What a study of where repairs hold has found, as plain data."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.overlap import Overlap
+from secateur.studies.advice import Advice
+from secateur.studies.candidates import CandidateRecord, Status
+from secateur.studies.leave_one_out import LeftOut
+from secateur.suites import Suite
+
+GENERALISE_FORMAT = "secateur-generalise-1"
+Relation = Literal["own", "across", "attributes", "languages", "joint", "random"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one method chose on one source: a suite, or all suites but one.
+
+    Attributes
+    ----------
+    status: whether a mask was chosen, and if not, why.
+    own: bias on the source's own test part, None without a mask or for a joint source.
+    control: bias on the control suite.
+    perplexity_before, perplexity_after, perplexity_increase: on the test part of the text.
+    over_limit: whether the choice breaks the utility limit there.
+    candidates: every mask that was measured on select.
+    """
+
+    method: str
+    source: str
+    status: Status
+    candidates: list[CandidateRecord]
+    heads: int = 0
+    neurons: int = 0
+    weights: int = 0
+    own: Comparison | None = None
+    control: Comparison | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    perplexity_increase: Interval | None = None
+    over_limit: bool = False
+    tokens_forward: int = 0
+    tokens_backward: int = 0
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return f"{self.method}/{self.source.replace(' ', '-')}"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Fit:
+        """The inverse of ``dataclasses.asdict``: what a resumed run reads back."""
+        read: dict[str, Any] = {"candidates": [CandidateRecord.from_dict(one) for one in fields["candidates"]]}
+        for key in ("own", "control"):
+            told = fields[key]
+            read[key] = None if told is None else Comparison(**{name: Interval(**told[name]) for name in told})
+        if fields["perplexity_increase"] is not None:
+            read["perplexity_increase"] = Interval(**fields["perplexity_increase"])
+        return cls(**{**fields, **read})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a mask that was fitted on a source does to a target, on the target's test part.
+
+    Attributes
+    ----------
+    relation: what the target differs in from the source; "random": random masks of the size of the target's own.
+    markers: of the target, without those that the source has fitted or chosen by.
+    before, after, reduction, change: of B.
+    p_holm: of no change, corrected for all cells.
+    """
+
+    method: str
+    source: str
+    target: str
+    relation: Relation
+    markers: int
+    before: Interval
+    after: Interval
+    reduction: Interval
+    change: Interval
+    p_holm: float = 1.0
+
+    @property
+    def to_repair(self) -> bool:
+        """Whether there was a bias on the target that can be told from chance."""
+        return self.before.low > 0
+
+    @property
+    def proven(self) -> bool:
+        """Whether there was a bias and it fell, all cells taken into account."""
+        return self.to_repair and self.change.value < 0 and self.p_holm < 0.05
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sources lead to the same units, and in which layers.
+
+    Attributes
+    ----------
+    by_layer: units in both, (layers,). p_holm: corrected for all pairs of sources.
+    """
+
+    method: str
+    one: str
+    other: str
+    found: Overlap
+    by_layer: list[int]
+    p_holm: float = 1.0
+
+
+@dataclass(frozen=True)
+class GeneraliseResult:
+    """Where the repairs hold.
+
+    Attributes
+    ----------
+    fits: one per method and source. cells: one per method, source and target.
+    agreements: of every two suites' units. layers: units by method and source, heads and neurons together, (layers,).
+    left_out: the modes "specific" and "within".
+    advice: one repair for all uses, or one per use, for every method.
+    notes: what a reader should know of the suites, in sentences.
+    """
+
+    model: str
+    suites: list[Suite]
+    limit: float
+    control_suite: str | None
+    fits: list[Fit]
+    cells: list[Cell]
+    agreements: list[Agreement]
+    layers: dict[str, dict[str, list[int]]]
+    left_out: list[LeftOut]
+    advice: list[Advice]
+    notes: list[str]
+    run: dict[str, Any]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(fit.method for fit in self.fits))
+
+    def mean_reduction(self, name: str, relation: Relation) -> float | None:
+        """Mean over the cells of one relation, of targets with a bias before; None where there is none."""
+        values = [
+            cell.reduction.value
+            for cell in self.cells
+            if cell.method == name and cell.relation == relation and cell.to_repair
+        ]
+        return float(np.mean(values)) if values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``generalise.json``."""
+        return {
+            "format": GENERALISE_FORMAT,
+            "model": self.model,
+            "suites": [suite.name for suite in self.suites],
+            "limit": self.limit,
+            "control_suite": self.control_suite,
+            "fits": [asdict(fit) for fit in self.fits],
+            "cells": [{**asdict(cell), "proven": cell.proven} for cell in self.cells],
+            "agreements": [asdict(one) for one in self.agreements],
+            "layers": self.layers,
+            "left_out": [asdict(one) for one in self.left_out],
+            "advice": [asdict(one) for one in self.advice],
+            "notes": self.notes,
+            "run": self.run,
+        }
+
+    def csv(self) -> str:
+        """The cells as comma-separated values, one line each."""
+        text = io.StringIO()
+        intervals = ("before", "after", "reduction", "change")
+        columns = ["method", "source", "target", "relation", "markers"]
+        columns += [f"{name}_{end}" for name in intervals for end in ("value", "low", "high")]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*columns, "p_holm", "proven"])
+        for cell in self.cells:
+            figures = [getattr(getattr(cell, name), end) for name in intervals for end in ("value", "low", "high")]
+            head = (cell.method, cell.source, cell.target, cell.relation, cell.markers)
+            writer.writerow([*head, *figures, cell.p_holm, cell.proven])
+        return text.getvalue()

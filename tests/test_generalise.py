@@ -1,0 +1,357 @@
+"""Where repairs hold: pairs of suites, joint fits, single scenarios, overlap of units, and what follows from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import Command, Outcome, save_model, small_suite, write_suite, write_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+import secateur
+from secateur.errors import SuiteError
+from secateur.measures.disparity import Interval, Table, compare, p_value
+from secateur.measures.overlap import overlap
+from secateur.measures.splits import split
+from secateur.search.combining import RULES, places
+from secateur.studies import generalise as study
+from secateur.studies.advice import Use, advise
+from secateur.studies.generalise import GeneraliseSettings, per_layer, relation
+from secateur.studies.parts import Parts
+from secateur.suites import Suite, load_suite
+from secateur.suites.joining import joined
+from secateur.units import UnitSpace
+
+PASSING = 2
+COUNTS = ("--set", "attribution.max_heads=1", "--set", "attribution.max_neurons=4", "--set", "attribution.rounds=1")
+OTHER_THINGS = {
+    "cups": [f"a {c} cup" for c in ("red", "blue", "green", "grey", "brown", "white", "black", "amber")],
+    "hats": [f"a {c} hat" for c in ("red", "blue", "green", "grey", "brown", "white", "black", "amber")],
+}
+
+
+def document(name: str, words: str = "", **changes: Any) -> dict[str, Any]:
+    """The small suite under another name, its prompts begun with some words."""
+    suite = small_suite(name=name, domain=name, **changes)
+    for scenario in suite["scenarios"]:
+        scenario["paraphrases"] = [f"{words}{text}" for text in scenario["paraphrases"]]
+    return suite
+
+
+def suites(directory: Path) -> list[str]:
+    """Three suites of one family, and one of another attribute."""
+    made = [document("one"), document("two", "Well. "), document("three", "Oh. ")]
+    made.append(document("four", attribute="ware", groups=OTHER_THINGS))
+    return [str(write_suite(directory, one, one["name"])) for one in made]
+
+
+def run(call: Command, directory: Path, output: Path, *options: str, count: int = 4) -> Outcome:
+    inputs = ("-m", save_model(directory / "model", PASSING), "--suites", ",".join(suites(directory)[:count]))
+    text = ("--utility-text", write_text(directory), "--control-suite", "none", "--random-draws", "1")
+    return call(
+        "generalise",
+        *inputs,
+        *text,
+        *COUNTS,
+        "--max-perplexity-increase",
+        "5",
+        "--device",
+        "cpu",
+        "-o",
+        output,
+        *options,
+    )
+
+
+def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Command) -> None:
+    outcome = run(call, tmp_path, output, "--modes", "all", "--scenarios-left-out", "2")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert {path.name for path in output.iterdir()} == {
+        "generalise.csv",
+        "generalise.json",
+        "measured.sqlite",
+        "plans",
+        "report.html",
+    }
+    result = json.loads((output / "generalise.json").read_text())
+    chosen = {fit["source"] for fit in result["fits"] if fit["status"] == "chosen"}
+    assert {fit["source"] for fit in result["fits"]} == {"one", "two", "three", "four"} | {
+        f"all but {name}" for name in ("one", "two", "three")
+    }
+    assert chosen
+    pairs = {(cell["source"], cell["target"]): cell["relation"] for cell in result["cells"]}
+    names = ("one", "two", "three", "four")
+    expected = {(source, target) for source in names for target in names if source in chosen}
+    expected |= {(f"all but {name}", name) for name in names if f"all but {name}" in chosen}
+    expected |= {("random masks", name) for name in names if name in chosen}
+    assert set(pairs) == expected
+    for (source, target), how in pairs.items():
+        if source in names and target in names:
+            assert how == ("own" if source == target else "attributes" if "four" in (source, target) else "across")
+    assert {(one["suite"], one["mode"], one["rule"]) for one in result["left_out"]} == {
+        (name, mode, rule) for name in names for mode, rule in [("specific", ""), *(("within", rule) for rule in RULES)]
+    }
+    rows = list(csv.DictReader((output / "generalise.csv").open()))
+    assert len(rows) == len(result["cells"])
+    page = (output / "report.html").read_text()
+    assert "Where repairs hold" in page
+    for source in chosen:
+        assert f"<td>{source}</td>" in page
+    shown = call("show", output)
+    assert "change of B, held out" in shown.out
+    assert "generalise" in call("runs", output.parent).out
+
+
+def test_a_cell_is_what_the_plan_does_on_the_target_part(tmp_path: Path, output: Path, call: Command) -> None:
+    run(call, tmp_path, output, count=2)
+    result = json.loads((output / "generalise.json").read_text())
+    model = secateur.load(tmp_path / "model", device="cpu")
+    settings = GeneraliseSettings(utility_text=tmp_path / "neutral.txt", control_suite=None)
+    checked = 0
+    for cell in result["cells"]:
+        if cell["relation"] == "random":
+            continue
+        plan = secateur.load_plan(output / "plans" / "attribution" / cell["source"])
+        test = Parts.prepare(model, load_suite(tmp_path / f"{cell['target']}.yaml"), settings).test
+        with plan.applied(model):
+            after = Table(test.prompts.table(test.on(test.prompts, None).y()), test.prompts.groups)
+        expected = compare(test.evaluate().table, after)
+        assert cell["after"]["value"] == pytest.approx(expected.after.value, abs=1e-4)
+        assert cell["reduction"]["low"] == pytest.approx(expected.reduction.low, abs=1e-3)
+        checked += 1
+    assert checked >= 2
+
+
+def test_an_interrupted_run_carries_on(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(call, tmp_path, tmp_path / "whole", "--modes", "across,joint", count=3)
+    whole = json.loads((tmp_path / "whole" / "generalise.json").read_text())
+    fit = study._Study._fit
+    calls = 0
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        fit(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study._Study, "_fit", interrupted)
+        assert run(call, tmp_path, output, "--modes", "across,joint", count=3).status == 130
+    assert "finished: attribution on one, attribution on two" in call("show", output).out
+    assert "attribution on two" in call("runs", output.parent).out
+    outcome = run(call, tmp_path, output, "--modes", "across,joint", count=3)
+    assert "repairs that are there: 2" in outcome.out
+    carried = json.loads((output / "generalise.json").read_text())
+    for key in ("cells", "agreements", "layers", "advice"):
+        assert carried[key] == whole[key]
+
+
+def test_markers_that_a_source_has_seen_are_left_out(tmp_path: Path) -> None:
+    """Two suites share markers, but deal them into other parts."""
+    groups = {"boats": [*OTHER_THINGS["cups"][::-1], "a tin cup", "a tall cup"], "lamps": OTHER_THINGS["hats"]}
+    paths = [
+        write_suite(tmp_path, document("one", groups=OTHER_THINGS), "one"),
+        write_suite(tmp_path, document("two", groups=groups), "two"),
+    ]
+    one, two = (load_suite(path) for path in paths)
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    result = secateur.generalise(
+        model,
+        [one, two],
+        utility_text=write_text(tmp_path),
+        control_suite=None,
+        max_perplexity_increase=5,
+        random_draws=0,
+        options={"attribution": {"max_heads": 1, "max_neurons": 4, "rounds": 1}},
+    )
+
+    def words(suite: Suite, part: str) -> set[str]:
+        every = [marker for markers in suite.groups.values() for marker in markers]
+        return {every[number] for number in getattr(split(suite), part).markers}
+
+    for cell in result.cells:
+        source, target = (one if name == "one" else two for name in (cell.source, cell.target))
+        unseen = words(target, "test") - words(source, "fit") - words(source, "select")
+        assert cell.markers == len(unseen)
+
+
+# Parts of it
+
+
+def test_relations() -> None:
+    suite = load_suite("hiring-race")
+    assert relation(suite, suite) == "own"
+    assert relation(suite, load_suite("lending-race")) == "across"
+    assert relation(suite, load_suite("hiring-gender")) == "attributes"
+    assert relation(suite, load_suite("hiring-race-es")) == "languages"
+
+
+def test_joined_suites_are_no_larger_than_one() -> None:
+    others = [load_suite(f"{domain}-race") for domain in ("hiring", "lending", "housing")]
+    suite = joined(others, "all-but-x")
+    assert len(suite.scenarios) == max(len(one.scenarios) for one in others)
+    assert suite.groups == others[0].groups
+    by_suite = [sum(scenario.id.startswith(one.name) for scenario in suite.scenarios) for one in others]
+    assert max(by_suite) - min(by_suite) <= 1
+    assert split(suite, 3).fit.markers == split(others[0], 3).fit.markers  # so that joint fits hold the same ones out
+    with pytest.raises(SuiteError, match="cannot be joined"):
+        joined([others[0], load_suite("hiring-gender")], "x")
+
+
+def test_overlap_by_simulation() -> None:
+    rng = np.random.default_rng(0)
+    heads, neurons = 12, 60
+    one, other = (np.arange(4), np.arange(20)), (np.arange(2, 5), np.arange(15, 40))
+    found = overlap(one, other, (heads, neurons))
+    assert (found.shared, found.union) == (2 + 5, 5 + 40)
+    assert found.jaccard == pytest.approx(7 / 45)
+    drawn = np.array(
+        [
+            sum(
+                len(np.intersect1d(rng.permutation(n)[: len(a)], rng.permutation(n)[: len(b)]))
+                for n, a, b in zip((heads, neurons), one, other, strict=True)
+            )
+            for _ in range(4000)
+        ]
+    )
+    total = 4 + 3 + 20 + 25
+    assert found.by_chance == pytest.approx((drawn / (total - drawn)).mean(), abs=0.01)
+    assert found.p_value == pytest.approx((drawn >= 7).mean(), abs=0.03)
+
+
+@given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))
+def test_overlap_is_a_share_and_symmetric(one: set[int], other: set[int]) -> None:
+    a, b = (np.array(sorted(units), dtype=int) for units in (one, other))
+    found, back = overlap([a], [b], [31]), overlap([b], [a], [31])
+    assert (found.shared, found.union, found.jaccard) == (back.shared, back.union, back.jaccard)
+    assert found.p_value == pytest.approx(back.p_value)
+    assert 0 <= found.jaccard <= 1
+    assert 0 < found.p_value <= 1
+    if one == other and one:
+        assert found.jaccard == 1
+
+
+def test_combining_by_hand() -> None:
+    ranks = np.array([[3.0, 2.0, 1.0, -np.inf], [2.0, 9.0, 3.0, -np.inf]])
+    assert places(ranks).tolist() == [[0, 1, 2, 3], [2, 0, 1, 3]]
+    assert RULES["intersection"](ranks, 2).tolist() == [1]
+    assert RULES["mean score"](ranks, 2).tolist() == [1, 0]
+    assert RULES["mean place"](ranks, 2).tolist() == [1, 0]
+
+
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(1, 25), st.randoms(use_true_random=False))
+def test_combining_keeps_to_the_count(scenarios: int, units: int, count: int, random: Any) -> None:
+    ranks = np.array([[random.choice([-1.0, 0.0, 0.5, 2.0]) for _ in range(units)] for _ in range(scenarios)])
+    for name, rule in RULES.items():
+        chosen = rule(ranks, count)
+        assert len(set(chosen.tolist())) == len(chosen) <= count
+        if name != "intersection" or scenarios == 1:
+            assert len(chosen) == min(count, units)
+
+
+def test_per_layer_counts_every_unit_once() -> None:
+    space = UnitSpace(heads=(2, 2), kv_heads=(1, 1), neurons=(5, 5), head_dim=4)
+    assert per_layer(space, np.array([0, 3, 4, 8, 9])) == [3, 2]
+
+
+def table(gap: float, seed: int, scenarios: int = 6, markers: int = 16) -> Table:
+    rng = np.random.default_rng(seed)
+    groups = np.repeat([0, 1], markers)
+    return Table(rng.normal(size=(scenarios, 2 * markers)) + gap * (groups == 0), groups)
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "choice"),
+    [
+        (0.1, 2.0, "one repair per use"),
+        (0.3, 0.3, "one repair for all"),
+        (2.0, 2.0, "leave as it is"),
+    ],
+)
+def test_advice_follows_the_figures(own: float, shared: float, choice: str) -> None:
+    uses = [Use(f"use {n}", table(2.0, n), table(own, n), [table(shared, n), table(shared, n)]) for n in range(5)]
+    if choice == "leave as it is":
+        uses = [Use(use.name, use.before, use.before, [use.before]) for use in uses]
+    advice = advise("attribution", uses)
+    assert advice.choice == choice
+    assert advice.difference is not None
+    assert advice.difference.low <= advice.difference.value <= advice.difference.high
+
+
+def test_advice_where_there_is_nothing_to_repair() -> None:
+    uses = [Use("use", table(0.0, 1), table(0.0, 2), [table(0.0, 3)])]
+    assert advise("attribution", uses).choice == "leave as it is"
+
+
+def test_p_value_agrees_with_the_interval() -> None:
+    assert p_value(Interval(-1.96, -3.92, 0.0)) == pytest.approx(0.05, abs=1e-3)
+    assert p_value(Interval(0.0, -1.0, 1.0)) == 1
+
+
+def test_a_scenario_left_out_has_no_say(tmp_path: Path) -> None:
+    """What is chosen without a scenario stays the same when the scenario's wordings change."""
+    told = {"control_suite": None, "max_perplexity_increase": 5, "random_draws": 0, "modes": ("within",)}
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    found = []
+    for words in ("", "Something else: "):
+        changed = document("one")
+        last = changed["scenarios"][-1]
+        last["paraphrases"] = [f"{words}{text}" for text in last["paraphrases"]]
+        made = [write_suite(tmp_path, changed, "one"), write_suite(tmp_path, document("two"), "two")]
+        result = secateur.generalise(
+            model,
+            made,
+            utility_text=write_text(tmp_path),
+            options={"attribution": {"max_heads": 1, "max_neurons": 4, "rounds": 1}},
+            **told,
+        )
+        found.append({one.rule: one for one in result.left_out if one.suite == "one"})
+    for rule in RULES:
+        first, second = (one[rule] for one in found)
+        assert first.scenarios[-1] == "end"
+        assert first.units[-1] == second.units[-1]
+        assert first.comparison.before != second.comparison.before
+
+
+# What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--suites", "hiring-race"), "at least two suites"),
+        (("--suites", "hiring-race,hiring-race"), "named twice"),
+        (("--suites", "hiring-race,hiring-rase"), "There is no suite 'hiring-rase'"),
+        (("--suites", "hiring-race,lending-race", "--modes", "sideways"), "Unknown mode 'sideways'"),
+        (("--suites", "hiring-race,lending-race", "--modes", "languages"), "add one of: across"),
+        (("--suites", "hiring-race,lending-race", "--modes", "joint"), "at least 3 suites"),
+        (("--suites", "hiring-race,lending-race", "--methods", "attributon"), "did you mean 'attribution'"),
+        (("--suites", "hiring-race,lending-race", "--max-test-markers", "1"), "max_test_markers must be at least 2"),
+        (("--suites", "hiring-race,lending-race", "--set", "rounds=1"), "names no method"),
+    ],
+)
+def test_refusals(options: tuple[str, ...], message: str, output: Path, call: Command) -> None:
+    assert message in call("generalise", *options, "-o", output).refusal
+    assert not output.parent.exists()
+
+
+def test_a_suite_without_a_part_to_hold_out(tmp_path: Path, output: Path, call: Command) -> None:
+    poor = document("poor")
+    poor["scenarios"][0]["paraphrases"] = poor["scenarios"][0]["paraphrases"][:2]
+    paths = [write_suite(tmp_path, poor, "poor"), write_suite(tmp_path)]
+    refusal = call("generalise", "-s", paths[0], "-s", paths[1], "-o", output).refusal
+    assert "needs at least 3, to fit, select and test" in refusal
+
+
+def test_results_of_another_version(tmp_path: Path, call: Command) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
+    assert "another version of Secateur" in call("show", tmp_path / "old").refusal
