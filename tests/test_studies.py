@@ -76,6 +76,9 @@ class Page(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
         self.inside = tag
         if tag == "script":
+            # Data are no script: no browser runs them.
+            self.inside = "data" if ("type", "application/json") in attrs else tag
+        if self.inside == "script":
             self.scripts.append("")
 
     def handle_endtag(self, tag: str) -> None:
@@ -84,7 +87,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.inside == "script":
             self.scripts[-1] += data
-        else:
+        elif self.inside != "data":
             self.text += data
 
 
@@ -99,7 +102,8 @@ def assert_self_contained(report: Path) -> None:
     html = own_part(report)
     assert not re.search(r"""(src|href|action|poster)\s*=\s*["']?\s*(https?:)?//""", html)
     assert not re.search(r"@import|url\(", html)
-    assert not [(n, v) for n, v in Page(html).attributes if n in ("src", "href", "action", "srcset", "data")]
+    loading = [(n, v) for n, v in Page(html).attributes if n in ("src", "href", "action", "srcset", "data")]
+    assert [value for _, value in loading if not value.startswith("#")] == []
 
 
 # Audit
@@ -120,9 +124,23 @@ def test_audit_writes_figures_and_a_report(tmp_path: Path, output: Path, call: C
         assert 0 < scenario["p_value"] <= scenario["p_holm"] <= 1
         assert scenario["smd"]["low"] <= scenario["smd"]["high"]
         assert scenario["id"] in outcome.out
+    assert result["selections"] == []
     assert result["run"]["tokens_forward"] > 0
     assert result["run"]["tokens_backward"] == 0
     assert_self_contained(output / "report.html")
+
+
+def test_audit_counts_selections_where_an_answer_is_favourable(tmp_path: Path, output: Path, call: Command) -> None:
+    document = small_suite()
+    document["scenarios"][0]["measure"]["favourable"] = "b"
+    assert audit(call, tmp_path, output, document).status == 0
+    mean, decision = read(output / "audit.json")["selections"]
+    assert (mean["scenario"], decision["scenario"], decision["favourable"]) == (None, "like", [" no"])
+    assert set(decision["groups"]) == {"boats", "lamps"}
+    for group in decision["groups"].values():
+        assert group["markers"] == 8
+        assert group["rate"]["low"] <= group["rate"]["value"] <= group["rate"]["high"]
+    assert ">all decisions (mean)</th>" in (output / "report.html").read_text()
 
 
 def test_show_prints_an_audit(tmp_path: Path, output: Path, call: Command) -> None:
@@ -203,6 +221,8 @@ def test_repair_writes_the_result_and_the_plan(tmp_path: Path, output: Path, cal
     ratio = utility["perplexity_after"] / utility["perplexity_before"] - 1
     assert utility["perplexity_increase"]["value"] == pytest.approx(ratio, abs=1e-9)
     assert utility["kl"] > 0
+    assert result["selections"] == {"before": [], "after": []}
+    assert "selections" not in read(output / "plan.json")
     assert [candidate["chosen"] for candidate in result["candidates"]].count(True) == 1
 
     run = read(output / "run.json")
@@ -444,6 +464,11 @@ def test_judge_not_verified(
     assert explanation.split(". On unseen")[0].count("; ") == len(reasons) - 1
     for reason in reasons:
         assert reason in explanation
+
+
+def test_a_bias_that_grew_is_said_to_have_risen() -> None:
+    _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), CHEAP, RANDOM, 0.02)
+    assert "the bias rose by 20% (95 % interval of the change -10% to +50%), perplexity" in explanation
 
 
 def test_judge_allows_an_increase_at_the_limit() -> None:

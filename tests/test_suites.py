@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import SuiteError
-from secateur.suites import DEFAULT_SUITE, Quantity, Suite, fill, fill_text, load_suite, suite_hash, suite_names
+from secateur.suites import (
+    DEFAULT_SUITE,
+    Preference,
+    Quantity,
+    Suite,
+    fill,
+    fill_text,
+    load_suite,
+    suite_hash,
+    suite_names,
+)
 from secateur.suites.schema import SLOT
 
 Document = dict[str, Any]
@@ -150,6 +160,23 @@ def test_hash_follows_the_content(tmp_path: Path) -> None:
     assert suite_hash(suite) != suite_hash(load_suite(write(tmp_path, changed)))
 
 
+def test_hash_leaves_out_which_answer_is_favourable_since_y_does_not_depend_on_it(tmp_path: Path) -> None:
+    marked = copy.deepcopy(GOOD)
+    marked["scenarios"][0]["measure"]["favourable"] = "b"
+    plain, decision = load_suite(write(tmp_path, GOOD)), load_suite(write(tmp_path, marked))
+    assert plain != decision
+    assert suite_hash(plain) == suite_hash(decision)
+
+
+def test_suites_of_decisions_say_which_answer_is_favourable() -> None:
+    without = {"occupations", "occupations-es"}
+    for name in set(REQUIRED) - without:
+        suite = load_suite(name)
+        assert any(isinstance(s.measure, Preference) and s.measure.favourable for s in suite.scenarios), name
+    for name in without:
+        assert not any(getattr(s.measure, "favourable", None) for s in load_suite(name).scenarios)
+
+
 def first(document: Document) -> Document:
     scenario: Document = document["scenarios"][0]
     return scenario
@@ -171,6 +198,11 @@ FAULTS: dict[str, tuple[Callable[[Document], object], str, str]] = {
     "duplicate in a group": (lambda d: d["groups"].update(men=["him", "him"]), "groups", "'him' is listed twice"),
     "duplicate across groups": (lambda d: d["groups"].update(men=["him", "her"]), "groups", "'her' is listed twice"),
     "duplicate with a newline": (lambda d: d["groups"].update(men=["a\nb", "a\nb"]), "groups", "listed twice"),
+    "favourable is no side": (
+        lambda d: first(d)["measure"].update(favourable="yes"),
+        "scenarios.0.measure.preference.favourable",
+        "'a' or 'b'",
+    ),
     "one group": (lambda d: d["groups"].pop("men"), "groups", "at least two groups"),
     "groups as a list": (lambda d: d.update(groups=["him", "her"]), "groups", "dictionary"),
     "marker not text": (lambda d: d["groups"].update(men=[True, False]), "groups.men.0", "valid string"),

@@ -58,7 +58,7 @@ def render_card(model: LanguageModel, plan: Plan, name: str, library: str, here:
         figures=_figures(record),
         verdict=record.get("verdict", ""),
         explanation=record.get("explanation", ""),
-        command=_command(record.get("command", [])),
+        command=command_line(record.get("command", [])),
         quantised=name == "gguf",
         how=_how(record),
         loading=LOADING["compact" if name == "hf" and model.compact is not None else name].format(here=here, base=base),
@@ -145,8 +145,8 @@ def _fall(reduction: float) -> str:
     return f"{-reduction:+.0%}"
 
 
-def _command(told: list[Any]) -> str:
-    """The command line that made the plan; empty where it was made from Python."""
+def command_line(told: list[Any]) -> str:
+    """The command line that made something; empty where it was made from Python."""
     if not told or Path(str(told[0])).name != "secateur":
         return ""
     return shlex.join(["secateur", *map(str, told[1:])])

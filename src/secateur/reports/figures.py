@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -13,18 +12,27 @@ from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
 from secateur.studies.reach import Cell, GeneraliseResult
-from secateur.units import UnitSpace
 
-BEFORE, AFTER, NEUTRAL = "#c2410c", "#0f766e", "#8b8b8b"
+# Each stands out from a white and from a dark page by at least 3 to 1.
+BEFORE, AFTER, NEUTRAL = "#ea580c", "#0d9488", "#8b8b8b"
 # Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
 WIDEST_LIMITS = 10
+WIDEST_NAME = 16
+FEW = 12
 
 
-def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+    """What all pictures share: nothing drawn behind them, no zoom that would catch a reader's scrolling.
+
+    The colour of text comes from the page's style sheet, which follows the reader's light or dark scheme.
+    """
     figure.update_layout(
+        template="none",
         height=height,
+        dragmode=False,
+        hovermode="closest",
         margin={"l": 10, "r": 10, "t": 10, "b": 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -37,9 +45,29 @@ def _style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
     return figure
 
 
+def numbered(count: int) -> dict[str, Any]:
+    """An axis of so many cells, without a tick between two of them."""
+    return {"range": [-0.5, count - 0.5], "zeroline": False, **({"dtick": 1} if count <= FEW else {})}
+
+
+def plain(text: str, most: int | None = None) -> str:
+    """Text that Plotly draws as it is, cut to ``most`` characters; its pseudo-HTML knows no entities for quotes."""
+    cut = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+    return escape(cut, quote=False)
+
+
+def broken(name: str) -> str:
+    """A long name on two lines, so that a narrow screen keeps room for the picture."""
+    hyphens = [place for place, sign in enumerate(name) if sign == "-"]
+    if len(name) <= WIDEST_NAME or not hyphens:
+        return plain(name)
+    middle = 1 + min(hyphens, key=lambda place: abs(2 * place - len(name)))
+    return f"{plain(name[:middle])}<br>{plain(name[middle:])}"
+
+
 def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDisparity] | None = None) -> go.Figure:
     """|SMD| of every scenario, before and (where given) after, over the noise level."""
-    names = [escape(scenario.id) for scenario in before]
+    names = [broken(scenario.id) for scenario in before]
     figure = go.Figure()
     if after is not None:
         for name, one, other in zip(names, before, after, strict=True):
@@ -60,7 +88,7 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
             name=label if after is not None else "|SMD|",
             marker={"color": colour, "size": 11},
             customdata=[
-                [escape(" - ".join(s.pair)), s.smd.value, s.smd.low, s.smd.high, s.gap.value] for s in scenarios
+                [plain(" - ".join(s.pair)), s.smd.value, s.smd.low, s.smd.high, s.gap.value] for s in scenarios
             ],
             hovertemplate="%{y}<br>%{customdata[0]}<br>SMD %{customdata[1]:.2f} "
             "[%{customdata[2]:.2f}, %{customdata[3]:.2f}]<br>gap %{customdata[4]:.2f}<extra></extra>",
@@ -74,85 +102,54 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
         hovertemplate="noise %{x:.2f}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed")
-    return _style(figure, 90 + 30 * len(names), xaxis_title="|SMD|")
+    return style(figure, 90 + 40 * len(names), xaxis_title="|SMD|")
 
 
 def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Figure:
-    """Every candidate's bias and perplexity on the select part, with the chosen one."""
-    figure = go.Figure()
+    """Every candidate's bias and perplexity on the select part, with the chosen one and the Pareto front.
+
+    Increases above :func:`widest_increase` are drawn there, since some masks destroy the model.
+    """
+    figure, widest = go.Figure(), widest_increase(limit)
+    front = pareto_front(candidates, limit)
+    figure.add_scatter(
+        x=[100 * c.perplexity_increase for c in front],
+        y=[c.bias for c in front],
+        mode="lines",
+        line={"color": AFTER, "width": 1.5, "shape": "hv"},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
     symbols = {"heads": "diamond", "neurons": "circle", "both": "square"}
     for kind in dict.fromkeys(candidate.kind for candidate in candidates):
         group = [candidate for candidate in candidates if candidate.kind == kind]
         figure.add_scatter(
-            x=[100 * c.perplexity_increase for c in group],
+            x=[100 * min(c.perplexity_increase, widest) for c in group],
             y=[c.bias for c in group],
             mode="markers",
-            name=escape(kind),
+            name=plain(kind),
             marker={
                 "symbol": symbols.get(kind, "circle"),
                 "size": [16 if c.chosen else 9 for c in group],
                 "color": [AFTER if c.chosen else NEUTRAL for c in group],
             },
-            customdata=[[c.heads, c.neurons, "chosen" if c.chosen else ""] for c in group],
-            hovertemplate="%{customdata[0]} heads, %{customdata[1]} neurons %{customdata[2]}<br>"
-            "bias %{y:.2f}, perplexity %{x:+.2f} %<extra></extra>",
+            customdata=[[_units(c), "chosen" if c.chosen else "", 100 * c.perplexity_increase] for c in group],
+            hovertemplate="%{customdata[0]} %{customdata[1]}<br>"
+            "bias %{y:.2f}, perplexity %{customdata[2]:+.2f} %<extra></extra>",
         )
     figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
     figure.update_yaxes(rangemode="tozero")
-    return _style(figure, 380, xaxis_title="perplexity increase on select, %", yaxis_title="bias B on select")
+    return style(figure, 380, xaxis_title="perplexity increase on select, %", yaxis_title="bias B on select")
 
 
-def units_figure(space: UnitSpace, removed: Sequence[tuple[str, int, int]], rank: np.ndarray | None) -> go.Figure:
-    """Heads by layer with their scores and the chosen ones marked, and chosen neurons by layer."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=1, cols=2, column_widths=[0.5, 0.5], subplot_titles=("heads: score", "chosen neurons per layer")
-    )
-    layers = list(range(space.n_layers))
-    if rank is not None:
-        grid = np.full((space.n_layers, max(space.heads)), np.nan)
-        for layer in layers:
-            grid[layer, : space.heads[layer]] = rank[space.head_slice(layer)]
-        scored = np.abs(grid[~np.isnan(grid)])
-        bound = (float(np.percentile(scored, 98)) if len(scored) else 0.0) or 1.0
-        figure.add_heatmap(
-            z=np.round(grid, 4).tolist(),
-            zmin=-bound,
-            zmax=bound,
-            colorscale="RdBu",
-            reversescale=True,
-            showscale=False,
-            hovertemplate="layer %{y}, head %{x}<br>score %{z:.3g}<extra></extra>",
-            row=1,
-            col=1,
-        )
-    heads = [(layer, index) for kind, layer, index in removed if kind == "head"]
-    figure.add_scatter(
-        x=[index for _, index in heads],
-        y=[layer for layer, _ in heads],
-        mode="markers",
-        marker={"symbol": "x", "size": 10, "color": AFTER, "line": {"width": 1, "color": "white"}},
-        hovertemplate="chosen: layer %{y}, head %{x}<extra></extra>",
-        showlegend=False,
-        row=1,
-        col=1,
-    )
-    counts = [sum(1 for kind, at, _ in removed if kind == "neuron" and at == layer) for layer in layers]
-    figure.add_bar(
-        x=counts,
-        y=layers,
-        orientation="h",
-        marker_color=AFTER,
-        showlegend=False,
-        hovertemplate="layer %{y}: %{x} neurons<extra></extra>",
-        row=1,
-        col=2,
-    )
-    figure.update_yaxes(title_text="layer", row=1, col=1)
-    figure.update_xaxes(title_text="head", row=1, col=1)
-    figure.update_xaxes(title_text="neurons", row=1, col=2)
-    return _style(figure, 60 + 14 * max(20, space.n_layers)).update_layout(margin={"t": 40})
+def pareto_front(candidates: list[CandidateRecord], limit: float) -> list[CandidateRecord]:
+    """The candidates, cheapest first, that are each better than all cheaper ones, as far as they are drawn."""
+    front: list[CandidateRecord] = []
+    for one in sorted(candidates, key=lambda c: (c.perplexity_increase, c.bias)):
+        inside = one.perplexity_increase <= widest_increase(limit)
+        if inside and (not front or one.bias < front[-1].bias):
+            front.append(one)
+    return front
 
 
 def widest_increase(limit: float) -> float:
@@ -168,7 +165,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
     figure, widest = go.Figure(), widest_increase(limit)
     for number, found in enumerate(methods):
         colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]
-        name = escape(found.name)
+        name = plain(found.name)
         figure.add_scatter(
             x=[100 * min(c.perplexity_increase, widest) for c in found.candidates],
             y=[c.bias for c in found.candidates],
@@ -206,7 +203,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
         )
     figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
     figure.update_yaxes(rangemode="tozero")
-    return _style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="bias B")
+    return style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="bias B")
 
 
 def _units(candidate: CandidateRecord) -> str:
@@ -226,7 +223,7 @@ def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
 
 def cost_figure(methods: list[MethodResult]) -> go.Figure:
     """Tokens by every method: forward to score the units and to choose, and backward."""
-    names = [escape(found.name) for found in methods]
+    names = [plain(found.name) for found in methods]
     figure = go.Figure()
     parts = (
         ("to score the units", AFTER, [found.localise_tokens for found in methods]),
@@ -244,7 +241,7 @@ def cost_figure(methods: list[MethodResult]) -> go.Figure:
             hovertemplate="%{y}: %{x:,} tokens " + label + "<br>%{customdata[0]:.0f} s in all<extra></extra>",
         )
     figure.update_yaxes(autorange="reversed")
-    return _style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens")
+    return style(figure, 110 + 34 * len(names), barmode="stack", xaxis_title="tokens")
 
 
 def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
@@ -260,8 +257,8 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
 
     figure = go.Figure()
     figure.add_heatmap(
-        x=[escape(target) for target in targets],
-        y=[escape(source) for source in sources],
+        x=[plain(target) for target in targets],
+        y=[broken(source) for source in sources],
         z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
         zmin=-100,
         zmax=100,
@@ -290,7 +287,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", title_text="fitted on")
     figure.update_xaxes(title_text="judged on", tickangle=-40)
-    return _style(figure, 190 + 34 * len(sources))
+    return style(figure, 190 + 34 * len(sources))
 
 
 def _cell_label(reduction: float, cell: Cell) -> str:
@@ -310,13 +307,14 @@ def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
         for row, column in ((one.one, one.other), (one.other, one.one)):
             z[place[row], place[column]] = round(one.found.jaccard, 3)
             hover[place[row]][place[column]] = words
-    labels = [escape(suite) for suite in names]
+    labels = [broken(suite) for suite in names]
     figure = go.Figure()
     figure.add_heatmap(
         x=labels,
         y=labels,
         z=[[None if np.isnan(value) else value for value in row] for row in z.tolist()],
         zmin=0,
+        zmax=max((one.found.jaccard for one in found), default=0) or 1,
         colorscale=[[0, "#f5f5f4"], [1, AFTER]],
         colorbar={"title": "Jaccard", "thickness": 12},
         texttemplate="%{z:.2f}",
@@ -328,17 +326,20 @@ def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickangle=-40)
-    return _style(figure, 170 + 32 * len(names))
+    return style(figure, 170 + 32 * len(names))
 
 
 def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
     """How many units every source's repair removes in every layer."""
     sources = list(layers)
+    depth = max(map(len, layers.values()), default=0)
     figure = go.Figure()
     figure.add_heatmap(
-        x=list(range(max((len(counts) for counts in layers.values()), default=0))),
-        y=[escape(source) for source in sources],
+        x=list(range(depth)),
+        y=[broken(source) for source in sources],
         z=[layers[source] for source in sources],
+        zmin=0,
+        zmax=max((max(counts) for counts in layers.values()), default=0) or 1,
         colorscale=[[0, "#f5f5f4"], [1, AFTER]],
         colorbar={"title": "units", "thickness": 12},
         hovertemplate="%{y}, layer %{x}: %{z} units<extra></extra>",
@@ -346,5 +347,5 @@ def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
         ygap=2,
     )
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title_text="layer", tickformat="d")
-    return _style(figure, 120 + 28 * len(sources))
+    figure.update_xaxes(title_text="layer", **numbered(depth))
+    return style(figure, 120 + 28 * len(sources))

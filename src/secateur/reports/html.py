@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
+import base64
+import hashlib
+import json
 from datetime import date
+from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,6 +16,8 @@ from plotly.offline import get_plotlyjs
 
 import secateur
 from secateur.attenuation import Attenuation
+from secateur.reports.card import command_line
+from secateur.reports.distributions import Distributions, distributions
 from secateur.reports.figures import (
     agreement_figure,
     candidates_figure,
@@ -21,9 +26,9 @@ from secateur.reports.figures import (
     matrix_figure,
     pareto_figure,
     scenario_figure,
-    units_figure,
     widest_increase,
 )
+from secateur.reports.maps import COLUMNS, heads_map, neurons_map, removed_by_layer
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
 from secateur.studies.reach import GeneraliseResult
@@ -32,12 +37,13 @@ from secateur.studies.slim import SlimResult
 from secateur.suites import Suite, fill
 from secateur.units import Mask
 
-PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+REPORT_JS = files("secateur.reports").joinpath("templates/report.js").read_text(encoding="utf-8")
 
 
 def render_audit(result: AuditResult) -> str:
     """The report of an audit, as HTML."""
     significant = sum(scenario.p_holm < 0.05 for scenario in result.scenarios)
+    markers = [marker for group in result.suite.groups.values() for marker in group]
     return _render(
         "audit.html.j2",
         result.run,
@@ -45,19 +51,37 @@ def render_audit(result: AuditResult) -> str:
         significant=significant,
         example=_example(result.suite),
         figure=_picture(scenario_figure(result.scenarios)),
+        distributions=_drawn(distributions(result.suite, markers, {"unpruned": result.table})),
     )
 
 
 def render_repair(result: RepairResult) -> str:
     """The report of a repair, as HTML."""
-    pictures: dict[str, Markup] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
-    if result.mask is not None:
-        units = result.mask.units if isinstance(result.mask, Mask | Attenuation) else []
-        removed = [(unit.kind, unit.layer, unit.index) for unit in units]
+    content: dict[str, Any] = {"candidates_figure": _picture(candidates_figure(result.candidates, result.limit))}
+    if result.mask is not None and result.table_before is not None and result.table_after is not None:
+        removed = result.mask.units if isinstance(result.mask, Mask | Attenuation) else []
         rank = None if result.scores is None else result.scores.rank
-        pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))
-        pictures["units_figure"] = _picture(units_figure(result.space, removed, rank))
-    return _render("repair.html.j2", result.run, result=result, example=_example(result.suite), **pictures)
+        tables = {"before": result.table_before, "after": result.table_after}
+        markers = result.run["splits"]["test"]["markers"]
+        content |= {
+            "scenario_figure": _picture(scenario_figure(result.test_before, result.test_after)),
+            "distributions": _drawn(distributions(result.suite, markers, tables)),
+            "maps": {
+                kind: _picture(figure)
+                for kind, drawn in (("heads", heads_map), ("neurons", neurons_map))
+                if (figure := drawn(result.space, removed, rank, result.mask.action)) is not None
+            },
+            "removed": removed_by_layer(removed),
+            "columns": COLUMNS,
+        }
+    return _render(
+        "repair.html.j2",
+        result.run,
+        result=result,
+        example=_example(result.suite),
+        widest=widest_increase(result.limit),
+        **content,
+    )
 
 
 def render_compare(result: CompareResult) -> str:
@@ -90,10 +114,10 @@ def render_generalise(result: GeneraliseResult) -> str:
 
 def render_slim(result: SlimResult) -> str:
     """The report of a slimmer model, as HTML."""
-    return _render("slim.html.j2", result.run, result=result, example=_example(result.suite))
+    return _render("slim.html.j2", result.run, plots=False, result=result, example=_example(result.suite))
 
 
-def _render(template: str, run: dict[str, Any], **content: Any) -> str:
+def _render(template: str, run: dict[str, Any], *, plots: bool = True, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("secateur.reports"),
         autoescape=True,
@@ -101,19 +125,44 @@ def _render(template: str, run: dict[str, Any], **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    scripts = [*([get_plotlyjs()] if plots else []), REPORT_JS]
     return environment.get_template(template).render(
         version=secateur.__version__,
         date=date.today().isoformat(),
-        plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
-        command=" ".join(shlex.quote(part) for part in ["secateur", *run["command"][1:]]),
+        scripts=Markup("\n").join(Markup(f"<script>{script}</script>") for script in scripts),
+        script_hashes=Markup(" ").join(Markup(f"'sha256-{_digest(script)}'") for script in scripts),
+        command=command_line(run["command"]) or f"{' '.join(run['command'])} (made from Python)",
         facts=_facts(run),
         **content,
     )
 
 
+def _digest(script: str) -> str:
+    """By which the page's security policy knows a script: no other one runs, whatever a suite smuggles in."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def _picture(figure: go.Figure) -> Markup:
-    # Plotly writes its data as JSON with <, > and / escaped, so no text can end the script early.
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=PLOT_OPTIONS))
+    """Where a figure is drawn, and what is drawn, as data."""
+    return Markup('<div class="plot"></div>') + _data(figure.to_json())
+
+
+def _drawn(found: Distributions) -> dict[str, Any]:
+    """What the template shows of distributions."""
+    return {
+        "picture": _picture(found.figure),
+        "data": _data(json.dumps(found.states), "states"),
+        "names": found.names,
+        "start": found.start,
+        "states": found.states,
+    }
+
+
+def _data(text: str, name: str = "data") -> Markup:
+    """JSON as an element that no browser runs; <, > and & are written so that no text can end it early."""
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(f'<script type="application/json" class="{name}">{text}</script>')
 
 
 def _example(suite: Suite) -> str:

@@ -446,7 +446,9 @@ def suite_lines(suite: Suite, examples: int) -> list[str]:
         prompt, reply = fill(scenario.paraphrases[number % len(scenario.paraphrases)], marker)
         candidates = candidate_texts(scenario.measure, marker)
         shown = ", ".join(repr(text) for text in candidates[:4]) + (", ..." if len(candidates) > 4 else "")
-        lines += ["", f"[{scenario.id}] {scenario.measure.kind}: {shown}"]
+        chosen = getattr(scenario.measure, "favourable", None)
+        decides = f"; favourable: {getattr(scenario.measure, chosen)[0]!r}" if chosen else ""
+        lines += ["", f"[{scenario.id}] {scenario.measure.kind}: {shown}{decides}"]
         lines += [f"  user: {prompt}"] if prompt else []
         lines += [f"  assistant: {reply} ..."] if reply else []
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from secateur.measures.disparity import (
 )
 from secateur.measures.prompts import ChatMode, build_prompts, check_chat
 from secateur.measures.sampling import TEMPERATURE, check_sampling, quantity_prompts, sample_amounts
+from secateur.measures.selection import Selection, selections
 from secateur.measures.splits import whole
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -84,7 +85,9 @@ class AuditResult:
     bias: the corrected suite bias B with its interval.
     summary: all suite figures, raw and null.
     scenarios: one entry per scenario.
+    table: y of every scenario and marker; kept out of ``audit.json``.
     run: versions, seed, data hashes, cost.
+    selections: selection rates of the suite's decisions; none where it has no decisions.
     sampled: quantities by sampled answers, where that was asked for.
     """
 
@@ -93,7 +96,9 @@ class AuditResult:
     bias: Interval
     summary: SuiteBias
     scenarios: list[ScenarioDisparity]
+    table: Table
     run: dict[str, Any]
+    selections: list[Selection] = field(default_factory=list)
     sampled: SampledCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,6 +109,7 @@ class AuditResult:
             "bias": self.bias.as_dict(),
             "summary": asdict(self.summary),
             "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "selections": [selection.as_dict() for selection in self.selections],
             "sampled": None if self.sampled is None else asdict(self.sampled),
             "run": self.run,
         }
@@ -148,7 +154,9 @@ def audit(
         bias=interval_of_bias(table, seed),
         summary=suite_bias(table, seed),
         scenarios=describe_scenarios(suite, table, seed),
+        table=table,
         run=recorder.describe(settings),
+        selections=selections(evaluator.prompts, evaluator.y()),
         sampled=sampled,
     )
 

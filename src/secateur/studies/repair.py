@@ -10,7 +10,8 @@ import numpy as np
 
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
-from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.disparity import Comparison, Interval, Table
+from secateur.measures.selection import Selection, selections
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import Scores, notes_of
@@ -59,6 +60,8 @@ class RepairResult:
     control: the same for the control suite.
     perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text.
     test_before, test_after: every scenario on test.
+    table_before, table_after: y of every scenario and marker on test; kept out of all files but the report.
+    selections_before, selections_after: selection rates of the suite's decisions on test; none where it has none.
     candidates: every mask that was measured on select.
     scores: of the unpruned model.
     """
@@ -84,6 +87,10 @@ class RepairResult:
     kl: float | None = None
     test_before: list[ScenarioDisparity] = field(default_factory=list)
     test_after: list[ScenarioDisparity] = field(default_factory=list)
+    table_before: Table | None = None
+    table_after: Table | None = None
+    selections_before: list[Selection] = field(default_factory=list)
+    selections_after: list[Selection] = field(default_factory=list)
 
     @property
     def plan(self) -> Plan | None:
@@ -91,7 +98,8 @@ class RepairResult:
         if self.mask is None:
             return None
         # A plan's file lists its units one by one, which leaves no need for their counts.
-        figures = {key: value for key, value in self.as_dict().items() if key not in ("candidates", "units")}
+        left_out = ("candidates", "units", "selections")
+        figures = {key: value for key, value in self.as_dict().items() if key not in left_out}
         told = ("settings", "splits", "versions", "command")
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
 
@@ -119,7 +127,7 @@ class RepairResult:
             "candidates": [asdict(candidate) for candidate in self.candidates],
         }
         if self.mask is None or self.comparison is None or self.perplexity_increase is None:
-            return {**head, "units": None, "test": None, "utility": None, **tail}
+            return {**head, "units": None, "test": None, "utility": None, "selections": None, **tail}
         mask = self.mask
         return {
             **head,
@@ -145,6 +153,10 @@ class RepairResult:
                 "perplexity_after": self.perplexity_after,
                 "perplexity_increase": self.perplexity_increase.as_dict(),
                 "kl": self.kl,
+            },
+            "selections": {
+                "before": [selection.as_dict() for selection in self.selections_before],
+                "after": [selection.as_dict() for selection in self.selections_after],
             },
             **tail,
         }
@@ -233,4 +245,8 @@ def repair(
         kl=found.kl,
         test_before=describe_scenarios(suite, found.before, settings.seed),
         test_after=describe_scenarios(suite, found.after, settings.seed),
+        table_before=found.before,
+        table_after=found.after,
+        selections_before=selections(parts.test.prompts, parts.test.y()),
+        selections_after=selections(parts.test.prompts, parts.test.y(mask)),
     )

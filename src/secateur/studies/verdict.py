@@ -86,13 +86,20 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     mean_random = np.mean([draw.reduction.value for draw in random])
     reduction, faults = comparison.reduction, find_faults(comparison, increase, random, limit)
     figures = (
-        f"On unseen markers and wordings the bias fell by {reduction.value:.0%} "
-        f"(95 % interval {reduction.low:.0%} to {reduction.high:.0%}), perplexity changed by {increase.value:+.2%}, "
+        f"On unseen markers and wordings the bias {_change(reduction)}, perplexity changed by {increase.value:+.2%}, "
         f"and random masks of the same size reduced the bias by {mean_random:.0%} on average."
     )
     if not faults:
         return VERIFIED, figures
     return NOT_VERIFIED, f"Not proven: {'; '.join(faults)}. {figures}"
+
+
+def _change(reduction: Interval) -> str:
+    if reduction.value >= 0:
+        return f"fell by {reduction.value:.0%} (95 % interval {reduction.low:.0%} to {reduction.high:.0%})"
+    return (
+        f"rose by {-reduction.value:.0%} (95 % interval of the change {-reduction.high:+.0%} to {-reduction.low:+.0%})"
+    )
 
 
 def find_faults(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> list[str]:

@@ -44,8 +44,9 @@ def load_suite(source: str | Path | Suite | None = None) -> Suite:
 
 
 def suite_hash(suite: Suite) -> str:
-    """A hash of everything in a suite that bears on its figures."""
-    return hashlib.sha256(suite.model_dump_json().encode()).hexdigest()[:32]
+    """A hash of everything in a suite that bears on its y; which answer is favourable does not."""
+    text = suite.model_dump_json(exclude={"scenarios": {"__all__": {"measure": {"favourable"}}}})
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def fill(paraphrase: Paraphrase, marker: str) -> tuple[str, str]:

@@ -19,11 +19,18 @@ class Strict(BaseModel):
 
 
 class Preference(Strict):
-    """y = log sum P(a) - log sum P(b), over surface forms that continue the reply; in nats."""
+    """y = log sum P(a) - log sum P(b), over surface forms that continue the reply; in nats.
+
+    Attributes
+    ----------
+    favourable: the answers, "a" or "b", that decide in favour of the person; None where the scenario is no decision
+        about a person. y does not depend on it, selection rates do.
+    """
 
     kind: Literal["preference"]
     a: Annotated[list[Text], Field(min_length=1)]
     b: Annotated[list[Text], Field(min_length=1)]
+    favourable: Literal["a", "b"] | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> Preference:

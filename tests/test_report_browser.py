@@ -1,0 +1,243 @@
+"""Reports in a real browser: no network, no error, no hostile script, usable by keyboard and on any screen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Document, save_model, small_suite, write_suite, write_text
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+import secateur
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs the packages chromium and chromium-driver")
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+STUDIES = ("audit", "repair", "compare", "generalise", "slim")
+WITH_PICTURES = ("audit", "repair", "compare", "generalise")
+PASSING = 2  # seed of a tiny model: a repair of the small suite finds something
+MOST_BYTES = 6_000_000
+ATTACK = """"'></script><script>window.hacked = true</script><img src=x onerror="window.hacked = true">{{ 7 * 7 }}"""
+
+
+def hostile_suite(name: str = "small") -> Document:
+    """The small suite with an attack in every text that a suite may hold; the preference is a decision."""
+    document = small_suite(name=name, title=ATTACK, description=ATTACK, sources=[ATTACK], domain=ATTACK)
+    for group, markers in document["groups"].items():
+        document["groups"][group] = [f"{marker} {ATTACK}" for marker in markers]
+    for scenario in document["scenarios"]:
+        scenario["paraphrases"] = [f"{text} {ATTACK}" for text in scenario["paraphrases"]]
+    document["scenarios"][0]["measure"] |= {"a": [f" yes {ATTACK}"], "favourable": "a"}
+    document["scenarios"][1]["measure"]["unit"] = ATTACK
+    return document
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The report of every study of a tiny model, by study; the suite and the model's path are hostile."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("reports") / "<img src=x onerror=hacked=1>"
+    directory.mkdir()
+    model = secateur.load(save_model(directory / "model", PASSING), device="cpu")
+    suite = write_suite(directory, hostile_suite())
+    told: dict[str, Any] = {"utility_text": write_text(directory, 1200), "control_suite": None}
+    options = {"max_heads": 1, "max_neurons": 4, "rounds": 1}
+    search: dict[str, Any] = {**told, "max_perplexity_increase": 5, "random_draws": 2}
+    output = {study: directory / study for study in STUDIES}
+    secateur.audit(model, suite, output=output["audit"])
+    assert secateur.repair(model, suite, output=output["repair"], options=options, **search).mask is not None
+    methods = {"methods": ("attribution", "random"), "quick": True}
+    secateur.compare(model, suite, output=output["compare"], **methods, **search)
+    uses = [suite, write_suite(directory, hostile_suite("other"), "other")]
+    settings = {"methods": ("attribution",), "options": {"attribution": options}, "modes": ("across",)}
+    secateur.generalise(model, uses, output=output["generalise"], **settings, **{**search, "random_draws": 1})
+    decoding = {"decode_tokens": 4, "decode_runs": 3, "utility_tokens": 600}
+    secateur.slim(model, None, suite, output=output["slim"], importance="data", **decoding, **told)
+    return {study: path / "report.html" for study, path in output.items()}
+
+
+class Browser:
+    """A headless Chromium, and what it saw."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, report: Path, width: int = 1280, scheme: str = "light") -> None:
+        """Load a report afresh, as wide a page and in the scheme that is asked for."""
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.prefer(scheme)
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
+        self.driver.get_log("performance")
+        self.driver.get(report.as_uri())
+
+    def prefer(self, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def press(self, key: str) -> None:
+        self.driver.switch_to.active_element.send_keys(key)
+
+    @property
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    @property
+    def requests(self) -> list[str]:
+        """Addresses of everything that was asked for since the page was opened."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield Browser(driver)
+    driver.quit()
+
+
+def is_local(address: str) -> bool:
+    return address.startswith(("data:", "blob:"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_report_opens_without_error_or_network_and_fits_its_page(
+    browser: Browser, reports: dict[str, Path], study: str, width: int, scheme: str
+) -> None:
+    report = reports[study]
+    browser.open(report, width, scheme)
+    assert browser.errors == []
+    assert [address for address in browser.requests if not is_local(address)] == [report.as_uri()]
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert len(browser.all("h1")) == len(browser.all(".verdict")) == len(browser.all("#command")) == 1
+    drawn = browser.run("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))")
+    assert drawn
+    assert (len(browser.all(".plot")) > 0) == (study in WITH_PICTURES)
+    assert all(figure.get_attribute("aria-label") for figure in browser.all("figure"))
+    ready = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    print(f"{study}, {width} px, {scheme}: {report.stat().st_size / 1e6:.2f} MB, ready after {ready:.0f} ms")
+    assert report.stat().st_size <= MOST_BYTES
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_no_script_of_a_suite_or_a_path_runs(browser: Browser, reports: dict[str, Path], study: str) -> None:
+    browser.open(reports[study])
+    for plot in browser.all(".plot"):  # texts in pictures and hovers are Plotly's pseudo-HTML
+        drawn = plot.find_elements(By.CSS_SELECTOR, "path.point") or [plot]
+        ActionChains(browser.driver).move_to_element(drawn[0]).pause(0.2).perform()
+    assert browser.errors == []
+    assert browser.run("window.hacked") is None
+    assert browser.all("img") == []
+    assert browser.one("h1").text.count("window.hacked = true") >= (study in ("audit", "repair", "compare"))
+    assert "{{ 7 * 7 }}" in browser.one("main").text
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_policy_of_the_page_forbids_other_scripts_and_the_network(
+    browser: Browser, reports: dict[str, Path], study: str
+) -> None:
+    browser.open(reports[study])
+    browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'hacked = 1'}))")
+    assert browser.run("window.hacked") is None
+    browser.run("(new Image()).src = 'http://127.0.0.1:9/beacon.png'")
+    assert len([message for message in browser.errors if "Content Security Policy" in message]) == 2
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_keyboard_reaches_every_control(browser: Browser, reports: dict[str, Path], study: str) -> None:
+    browser.open(reports[study], 390)
+    browser.press(Keys.TAB)
+    assert browser.run("document.activeElement.className") == "skip"
+    browser.press(Keys.ENTER)
+    assert browser.run("document.activeElement.id") == "content"
+    wanted = browser.all("main select, main button:not([hidden]), main summary, main [role=region]")
+    wanted = [element for element in wanted if element.is_displayed()]
+    assert {element.tag_name for element in wanted} >= {"button", "div"}
+    reached, outlined = [], []
+    for _ in range(len(wanted) + 2):
+        browser.press(Keys.TAB)
+        reached.append(browser.driver.switch_to.active_element)
+        outlined.append(browser.run("getComputedStyle(document.activeElement).outlineStyle"))
+    assert [element for element in wanted if element not in reached] == []
+    assert set(outlined[: len(wanted)]) == {"solid"}
+
+
+@pytest.mark.parametrize("study", ["audit", "repair"])
+def test_the_keyboard_chooses_a_scenario(browser: Browser, reports: dict[str, Path], study: str) -> None:
+    browser.open(reports[study])
+    chooser, said = browser.one("select.chooser"), browser.one("figure output")
+    values = "JSON.stringify(arguments[0].closest('figure').querySelector('.plot').data.map(trace => trace.x))"
+    seen = set()
+    chooser.send_keys(Keys.HOME)
+    for scenario in ("like", "price", "end"):
+        assert said.text.startswith(f"{scenario}. Mean y")
+        seen.add(browser.run(values, chooser))
+        chooser.send_keys(Keys.ARROW_DOWN)
+    assert len(seen) == 3
+    assert browser.errors == []
+
+
+def test_text_of_pictures_follows_the_scheme_when_it_changes(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["repair"])
+    colour = "[...document.querySelectorAll('.plot .xtick text')].map(text => getComputedStyle(text).fill)"
+    light = set(browser.run(colour))
+    browser.prefer("dark")
+    dark = set(browser.run(colour))
+    assert (len(light), len(dark)) == (1, 1)
+    assert light != dark
+
+
+def test_pictures_fit_a_printed_page_and_grow_back(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["repair"])
+    widths = "[...document.querySelectorAll('.plot')].map(plot => plot._fullLayout.width)"
+    before = browser.run(widths)
+    assert min(before) > 640
+    browser.run("window.dispatchEvent(new Event('beforeprint'))")
+    assert set(browser.run(widths)) == {640}
+    browser.run("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.run(widths) == before
+
+
+def test_the_command_can_be_copied(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["audit"])
+    button = browser.one("button.copy")
+    button.click()
+    WebDriverWait(browser.driver, 30).until(lambda _: button.text in ("Copied", "Selected"))
