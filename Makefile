@@ -20,11 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 repair: install
 	$(BIN)/secateur repair --output runs/first --overwrite
 
-test: install
-	$(BIN)/python -m pytest
+# Tiny models take one core each, the real one all of them.
+test: fast
+	$(BIN)/python -m pytest -m real
 
 fast: install
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real" -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
