@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, export, localise, repair, slim
+from secateur.api import apply, audit, compare, export, localise, repair, slim, verify
 from secateur.errors import (
     DataError,
     MaskError,
@@ -26,6 +26,7 @@ from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.plan import Plan, load_plan
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
+from secateur.studies.verification import Verification, VerificationSettings
 from secateur.suites import Suite, load_suite, suite_names
 from secateur.units import Mask, Unit, UnitSpace, masked
 
@@ -53,6 +54,8 @@ __all__ = [
     "SuiteError",
     "Unit",
     "UnitSpace",
+    "Verification",
+    "VerificationSettings",
     "apply",
     "audit",
     "compare",
@@ -65,4 +68,5 @@ __all__ = [
     "repair",
     "slim",
     "suite_names",
+    "verify",
 ]

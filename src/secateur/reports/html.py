@@ -25,6 +25,7 @@ from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
+from secateur.studies.verification import Verification
 from secateur.suites import Suite, fill
 from secateur.units import Mask
 
@@ -53,7 +54,8 @@ def render_repair(result: RepairResult) -> str:
         rank = None if result.scores is None else result.scores.rank
         pictures["scenario_figure"] = _picture(scenario_figure(result.test_before, result.test_after))
         pictures["units_figure"] = _picture(units_figure(result.space, removed, rank))
-    return _render("repair.html.j2", result.run, result=result, example=_example(result.suite), **pictures)
+    told = {"verification": result.verification, "example": _example(result.suite)}
+    return _render("repair.html.j2", result.run, result=result, **told, **pictures)
 
 
 def render_compare(result: CompareResult) -> str:
@@ -73,6 +75,11 @@ def render_compare(result: CompareResult) -> str:
 def render_slim(result: SlimResult) -> str:
     """The report of a slimmer model, as HTML."""
     return _render("slim.html.j2", result.run, result=result, example=_example(result.suite))
+
+
+def render_verify(result: Verification) -> str:
+    """The report of a verification, as HTML."""
+    return _render("verify.html.j2", result.run, result=result, verification=result, example=_example(result.suite))
 
 
 def _render(template: str, run: dict[str, Any], **content: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,13 @@ from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
+from secateur.studies.verification import Verification, VerificationSettings, verify
 from secateur.suites import Suite, suite_hash
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask
+
+# Of a result, in its plan: the file lists its units one by one, and texts are for the report.
+LEFT_OUT = ("candidates", "units", "verification")
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,21 @@ class RepairSettings(StudySettings):
     method: how units are scored and chosen.
     options: settings of the method by name, such as ``{"rounds": 4}``.
     random_draws: random masks of the same size to compare with.
+    verification: also let the model write before and after, see :func:`secateur.studies.verification.verify`; its
+        seed, batch size and chat mode are the repair's. None for not.
     """
 
     method: str = DEFAULT_METHOD
     options: dict[str, Any] = field(default_factory=dict)
     random_draws: int = 5
+    verification: VerificationSettings | None = None
 
     def check(self) -> None:
         super().check()
         method(self.method, self.options)
         self.check_least("random_draws", 1)
+        if self.verification is not None:
+            self.verification.check()
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class RepairResult:
     test_before, test_after: every scenario on test.
     candidates: every mask that was measured on select.
     scores: of the unpruned model.
+    verification: what the model writes before and after, where that was asked for.
     """
 
     model: str
@@ -84,14 +94,14 @@ class RepairResult:
     kl: float | None = None
     test_before: list[ScenarioDisparity] = field(default_factory=list)
     test_after: list[ScenarioDisparity] = field(default_factory=list)
+    verification: Verification | None = None
 
     @property
     def plan(self) -> Plan | None:
         """The chosen mask with its record, or None where no candidate passed."""
         if self.mask is None:
             return None
-        # A plan's file lists its units one by one, which leaves no need for their counts.
-        figures = {key: value for key, value in self.as_dict().items() if key not in ("candidates", "units")}
+        figures = {key: value for key, value in self.as_dict().items() if key not in LEFT_OUT}
         told = ("settings", "splits", "versions", "command")
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
 
@@ -117,6 +127,7 @@ class RepairResult:
             "tokens_backward": self.run["tokens_backward"],
             "notes": self.notes,
             "candidates": [asdict(candidate) for candidate in self.candidates],
+            "verification": None if self.verification is None else self.verification.as_dict(),
         }
         if self.mask is None or self.comparison is None or self.perplexity_increase is None:
             return {**head, "units": None, "test": None, "utility": None, **tail}
@@ -220,6 +231,7 @@ def repair(
     found = examine(parts, mask, settings.seed, recorder)
     random = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
     verdict, explanation = judge(found.comparison, found.perplexity_increase, random, settings.max_perplexity_increase)
+    verification = _verification(model, suite, mask, settings, recorder)
     return result(
         verdict,
         explanation,
@@ -233,4 +245,15 @@ def repair(
         kl=found.kl,
         test_before=describe_scenarios(suite, found.before, settings.seed),
         test_after=describe_scenarios(suite, found.after, settings.seed),
+        verification=verification,
     )
+
+
+def _verification(
+    model: LanguageModel, suite: Suite, mask: AnyMask, settings: RepairSettings, recorder: Recorder
+) -> Verification | None:
+    """What the model writes before and after, where that was asked for."""
+    if settings.verification is None:
+        return None
+    own = {"seed": settings.seed, "batch_size": settings.batch_size, "chat": settings.chat}
+    return verify(model, suite, mask, replace(settings.verification, **own), recorder=recorder)

@@ -11,7 +11,13 @@ from secateur.errors import DataError
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
 
-RESULTS = {"result.json": "repair", "compare.json": "compare", "audit.json": "audit", "localise.json": "localise"}
+RESULTS = {
+    "result.json": "repair",
+    "compare.json": "compare",
+    "audit.json": "audit",
+    "localise.json": "localise",
+    "verify.json": "verify",
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Run:
     Attributes
     ----------
     path: its directory, under the name that it was asked for.
-    study: "repair", "compare", "audit" or "localise".
+    study: "repair", "compare", "audit", "localise" or "verify".
     suite, model: as in its result; empty where an interrupted run does not say.
     finished: whether the result is there.
     summary: the verdict, the best method, or what an interrupted run has measured.
@@ -121,4 +127,7 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
+    if study == "verify":
+        worse = "" if content.get("guard") is None else f", {len(content['guard']['rose'])} worse by the classifier"
+        return f"{len(content['open']) + len(content['mentions'])} continuations{worse}"
     return f"scores of {content.get('method', '')}"
