@@ -255,5 +255,5 @@ def _verification(
     """What the model writes before and after, where that was asked for."""
     if settings.verification is None:
         return None
-    own = {"seed": settings.seed, "batch_size": settings.batch_size, "chat": settings.chat}
-    return verify(model, suite, mask, replace(settings.verification, **own), recorder=recorder)
+    chosen = replace(settings.verification, seed=settings.seed, batch_size=settings.batch_size, chat=settings.chat)
+    return verify(model, suite, mask, chosen, recorder=recorder)

@@ -514,10 +514,11 @@ def judge_texts(continuations: Sequence[Continuation], classifier: Classifier, t
 
 
 def _group_scores(judged: list[Judged], threshold: float) -> GroupScores:
-    scores = np.array([(one.prompt, one.before, one.after) for one in judged]).mean(axis=0)
     return GroupScores(
-        len(judged),
-        *map(float, scores),
+        continuations=len(judged),
+        prompt=float(np.mean([one.prompt for one in judged])),
+        before=float(np.mean([one.before for one in judged])),
+        after=float(np.mean([one.after for one in judged])),
         rose=sum(one.rise >= threshold for one in judged),
         fell=sum(-one.rise >= threshold for one in judged),
     )
