@@ -37,6 +37,12 @@ def test_greedy_continuations_are_those_of_a_plain_loop(name: str) -> None:
     asked = contexts(model)
     expected = [plainly(model, context) for context in asked]
     assert write(model, [Request(context) for context in asked], NEW) == expected
+    # What is asked for twice is read once.
+    assert write(model, [Request(context) for context in (asked[2], *asked, *asked)], NEW) == [
+        expected[2],
+        *expected,
+        *expected,
+    ]
     with Mask.removing(model, [0, 9, 20]).applied(model):
         expected = [plainly(model, context) for context in asked]
         assert write(model, [Request(context) for context in asked], NEW, batch_size=2) == expected
@@ -72,8 +78,9 @@ def test_low_temperatures_come_close_to_greedy() -> None:
 def test_tokens_and_progress_are_counted() -> None:
     model = tiny_model()
     done: list[int] = []
-    write(model, [Request((5, 6, 7), seed) for seed in range(5)], 1, batch_size=2, advance=done.append)
-    assert model.usage.forward == 5 * (3 + 1)
+    requests = [Request((5, 6, 7), seed) for seed in range(4)] + [Request((5, 6, 8))]
+    write(model, requests, 1, batch_size=2, advance=done.append)
+    assert model.usage.forward == 2 + 2 + 2 + 5  # three readings of two tokens, and five last tokens
     assert done == [2, 2, 1]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from secateur.models import LanguageModel
+from secateur.models.linear import fast_linear
 from secateur.progress import Advance
 
 
@@ -47,8 +48,8 @@ def write(
 ) -> list[str]:
     """Continue every context by up to ``new_tokens`` tokens; the texts alone, in order, special tokens left out.
 
-    Contexts of one length run together, so that nothing is padded. The checkpoint's own settings for generation
-    (penalties, top-k, top-p) are not used.
+    Contexts of one length run together, so that nothing is padded; what continues the same context more than once is
+    read once. The checkpoint's own settings for generation (penalties, top-k, top-p) are not used.
 
     Parameters
     ----------
@@ -74,14 +75,15 @@ def write(
 
 def _continue(model: LanguageModel, requests: list[Request], new_tokens: int, temperature: float) -> list[str]:
     """Continuations of contexts of one length."""
+    tokenizer = model.tokenizer
     context = torch.tensor([request.context for request in requests], device=model.input_device)
-    tokenizer, transformer = model.tokenizer, model.model
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    generate: Any = transformer.generate
-    with model.arithmetic():
+    generate: Any = model.model.generate
+    with model.arithmetic(), fast_linear():
         tokens = generate(
             input_ids=context,
             attention_mask=torch.ones_like(context),
+            past_key_values=_read(model, context),
             logits_processor=LogitsProcessorList([_Noise(model, requests, temperature)]),
             max_new_tokens=new_tokens,
             pad_token_id=next(token for token in ends if token is not None),
@@ -93,8 +95,22 @@ def _continue(model: LanguageModel, requests: list[Request], new_tokens: int, te
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
         )  # (requests, context + new)
-    model.usage.forward += tokens.numel()
-    return list(tokenizer.batch_decode(tokens[:, context.shape[1] :], skip_special_tokens=True))
+    new = tokens[:, context.shape[1] :]
+    model.usage.forward += new.numel()  # the last token of every context, and all new ones but the last
+    return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+
+
+def _read(model: LanguageModel, context: Tensor) -> Any:
+    """Keys and values of all but the last tokens of contexts (requests, tokens), each different one computed once."""
+    different, row = torch.unique(context, dim=0, return_inverse=True)
+    if len(different) == len(context) or context.shape[1] == 1:
+        model.usage.forward += context[:, :-1].numel()
+        return None
+    begun = different[:, :-1]
+    model.usage.forward += begun.numel()
+    output = model.model.base_model(input_ids=begun, attention_mask=torch.ones_like(begun), use_cache=True)
+    output.past_key_values.batch_select_indices(row)
+    return output.past_key_values
 
 
 class _Noise(LogitsProcessor):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,20 +314,24 @@ def verify(
 def _amounts(
     model: LanguageModel, asked: PromptSet, mask: AnyMask, settings: VerificationSettings, recorder: Recorder
 ) -> Amounts:
-    """Sample before and after with the same noise, and the unpruned model once more with other noise, for its range."""
+    """Sample before and after with the same noise, and the unpruned model as often with other noise, for its range."""
     check_sampling(asked.suite, settings.runs, settings.temperature)
     answers = settings.runs * len(quantity_prompts(asked))
-    told: dict[str, Any] = {
-        "runs": settings.runs,
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-    }
+    # Three passes alike, so that batches do not differ: without any change, texts are the same to the letter.
+    sample = partial(
+        sample_amounts,
+        model,
+        asked,
+        runs=settings.runs,
+        temperature=settings.temperature,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
     with recorder.step("Sample answers: before", 2 * answers) as advance:
-        before = sample_amounts(model, asked, **told, advance=advance)
-        range_of = sample_amounts(model, asked, **told, first_run=settings.runs, advance=advance)
+        before = sample(advance=advance)
+        range_of = sample(advance=advance, first_run=settings.runs)
     with recorder.step("Sample answers: after", answers) as advance, mask.applied(model):
-        after = sample_amounts(model, asked, **told, advance=advance)
+        after = sample(advance=advance)
     return compare_amounts(before, after, range_of, settings.temperature, settings.seed)
 
 
@@ -367,7 +372,7 @@ def compare_amounts(
         parsed_after=after.parsed,
         scenarios=found,
         left_out=[name for name, keep in zip(ids, kept, strict=True) if not keep],
-        bias=compare(*tables, seed) if shown else None,
+        bias=compare(tables[0], tables[1], seed) if shown else None,
         inliers_before=interval(overall[0]),
         inliers_after=interval(overall[1]),
         anomaly_change=interval(overall[0] - overall[1]),
