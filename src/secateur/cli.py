@@ -171,7 +171,7 @@ def repair(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also show what the model writes before and after; see secateur verify.")
     ] = False,
-    verify_runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 10,
+    verify_runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
     temperature: Temperature = 1.0,
     classifier: ClassifierName = "auto",
     overwrite: Overwrite = False,
@@ -292,7 +292,7 @@ def verify(
         typer.Option("--suite", "-s", help="Another suite, or the file of the plan's [default: the plan's]."),
     ] = None,
     model: Model = None,
-    runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 10,
+    runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
     temperature: Temperature = 1.0,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one open prompt a line [default: built-in neutral ones].")

@@ -109,7 +109,7 @@ def _read(model: LanguageModel, context: Tensor) -> Any:
     begun = different[:, :-1]
     model.usage.forward += begun.numel()
     output = model.model.base_model(input_ids=begun, attention_mask=torch.ones_like(begun), use_cache=True)
-    output.past_key_values.batch_select_indices(row)
+    output.past_key_values.batch_select_indices(row.cpu())  # from the CPU, rows of tensors on any device are taken
     return output.past_key_values
 
 

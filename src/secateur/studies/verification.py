@@ -21,6 +21,7 @@ from secateur.measures.generation import Request, write
 from secateur.measures.open_prompts import OpenPrompt, group_prompts, open_prompts
 from secateur.measures.prompts import ChatMode, PromptSet, all_markers, build_prompts, check_chat
 from secateur.measures.sampling import (
+    RUNS,
     TEMPERATURE,
     SampledAmounts,
     check_sampling,
@@ -36,8 +37,7 @@ from secateur.studies.record import Recorder
 from secateur.suites import Quantity, Suite, fill, suite_hash
 from secateur.weights import AnyMask
 
-RUNS = 10
-OPEN_TOKENS = 48
+OPEN_TOKENS = 40
 GROUP_TOKENS = 24
 GROUP_MARKERS = 6
 EXAMPLES = 10
