@@ -82,7 +82,8 @@ def test_a_transformers_classifier_scores_texts_as_it_does_one_by_one(tmp_path: 
         assert score == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-5)
     assert len(set(scores.tolist())) == 3
     assert classifier.score([]).shape == (0,)
-    assert np.isfinite(classifier.score(["very long " * 400])).all()
+    assert np.isfinite(classifier.score(["very long " * 400, ""])).all()
+    assert np.isfinite(classifier.score([""])).all()
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
@@ -93,6 +94,13 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(SettingError, match="cannot be loaded as a text classifier"):
         load_classifier(str(tmp_path / "pickled"))
+
+
+def test_a_model_without_a_head_for_labels_is_refused(tmp_path: Path) -> None:
+    name = save_classifier(tmp_path / "judge", ("fine", "toxic"))
+    BertForSequenceClassification.from_pretrained(name).base_model.save_pretrained(name)
+    with pytest.raises(SettingError, match="no head for labels"):
+        load_classifier(name)
 
 
 def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

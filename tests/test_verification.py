@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import REPAIR, Command, Document, small_suite, write_suite, write_text
+from test_toxicity import save_classifier
 from tiny import tiny_model
 
 import secateur
@@ -363,6 +364,20 @@ def test_mistakes_are_said_before_anything_is_loaded(
     assert not output.with_name("run.partial").exists()
 
 
+def test_a_classifier_of_transformers_judges(plan: Path, tmp_path: Path, output: Path, call: Command) -> None:
+    judge = save_classifier(tmp_path / "judge", ("fine", "toxic"))
+    told = ("--classifier", judge, "--bad-label", "toxic", "--worse", "0.000001")
+    outcome = call(*command(plan, output), *told)
+    assert (outcome.status, outcome.err) == (0, "")
+    guard = json.loads((output / "verify.json").read_text(encoding="utf-8"))["guard"]
+    assert (guard["classifier"], guard["labels"]) == (judge, ["toxic"])
+    assert guard["rose"]
+    assert all(one["after"] > one["before"] for one in guard["rose"])
+    assert sum(group["rose"] for group in guard["groups"].values()) == len(guard["rose"])
+    assert guard["rose"][0]["continuation"]["prompt"] in (output / "report.html").read_text(encoding="utf-8")
+    assert "it has: fine, toxic" in call(*command(plan, output.with_name("b")), *told[:2], "--bad-label", "x").refusal
+
+
 def test_a_missing_extra_is_said(plan: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "profanity_check", None)
     assert "pip install 'secateur[toxicity]'" in call(*command(plan, output), "--classifier", "profanity").refusal
@@ -415,6 +430,7 @@ def test_a_repair_verifies_when_it_is_told_to(tmp_path: Path, output: Path, call
     assert "verification" not in json.loads((output / "plan.json").read_text(encoding="utf-8"))
     refused = call("repair", *inputs, *settings, *told[:1], "--verify-runs", "1", "-o", output, "--overwrite")
     assert "at least 2 runs" in refused.refusal
+    assert "belong to --verify" in call("repair", *inputs, *told[1:3], "-o", output, "--overwrite").refusal
     again = output.with_name("again")
     call("verify", output, "-s", tmp_path / "small.yaml", "-o", again, *("--runs", "2"), *told[3:], "--device", "cpu")
     assert {**json.loads((again / "verify.json").read_text(encoding="utf-8")), "run": 0} == {**found, "run": 0}

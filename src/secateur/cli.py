@@ -192,8 +192,11 @@ def repair(
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip
+    texts = secateur.VerificationSettings(verify_runs, temperature, classifier)
     if verify:
-        told["verification"] = secateur.VerificationSettings(verify_runs, temperature, classifier)
+        told["verification"] = texts
+    elif texts != secateur.VerificationSettings():
+        raise SettingError("--verify-runs, --temperature and --classifier belong to --verify; add it.")
     asked = _suite(suite)
     check_address(ray)
     secateur.RepairSettings(**told).check()

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from secateur.errors import SettingError
 
@@ -87,17 +89,21 @@ def _offline() -> Classifier:
 
 @cache
 def _transformer(name: str, labels: tuple[str, ...]) -> Classifier:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    kind: Any = AutoModelForSequenceClassification
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).eval()
+        model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise SettingError(
             f"'{name}' cannot be loaded as a text classifier of transformers ({reason}); 'profanity' works offline, "
             "and 'none' leaves the classifier out."
         ) from error
+    if loaded["missing_keys"]:  # transformers fills them with random numbers
+        raise SettingError(f"'{name}' is no text classifier: its weights have no head for labels.")
+    model.eval()
     known = {index: str(label) for index, label in model.config.id2label.items()}
     bad = choose_labels(name, list(known.values()), labels)
     columns = [index for index, label in known.items() if label in bad]
@@ -108,7 +114,7 @@ def _transformer(name: str, labels: tuple[str, ...]) -> Classifier:
         found = []
         for start in range(0, len(texts), BATCH):
             batch = tokenizer(
-                list(texts[start : start + BATCH]),
+                [text or " " for text in texts[start : start + BATCH]],
                 padding=True,
                 truncation=True,
                 max_length=longest,
