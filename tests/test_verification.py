@@ -195,6 +195,21 @@ def test_equal_seeds_give_equal_results_and_the_model_is_left_as_it_was(tmp_path
     assert all(continuation.unchanged for continuation in (*nothing.open, *nothing.mentions))
 
 
+@pytest.mark.parametrize("told", [{"dtype": "bfloat16", "device": "cpu"}, {"device_map": "cpu"}])
+def test_precisions_and_device_maps(told: dict[str, Any], tmp_path: Path) -> None:
+    """Batches are the same before and after, so that no rounding looks like a change."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = secateur.load(tmp_path / "model", **told)
+    suite = suite_of(tmp_path)
+    nothing = verify(model, suite, Mask.none(model), QUICK)
+    assert nothing.amounts is not None
+    assert nothing.amounts.unchanged == 1
+    assert all(continuation.unchanged for continuation in (*nothing.open, *nothing.mentions))
+    found = verify(model, suite, Mask.removing(model, [1, 20]), QUICK)
+    assert found.amounts is not None
+    assert found.amounts.unchanged < 1
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3_text-windowed", "falcon-alibi", "llama"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_families_and_chat_templates(name: str, chat: bool, tmp_path: Path) -> None:
