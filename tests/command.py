@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import yaml
 from tiny import tiny_model
 
-from secateur.cli import main
+from secateur import cli
 
 Document = dict[str, Any]
 COLOURS = ("red", "blue", "green", "grey", "brown", "white", "black", "amber")
@@ -49,9 +48,10 @@ class Command:
         self.capfd.readouterr()
         status = 0
         words = ["secateur", *(str(argument) for argument in arguments)]
-        with patch.object(sys, "argv", words), patch.dict(os.environ, {"COLUMNS": "200"}):
+        cli.console.width = cli.errors.width = 400
+        with patch.object(sys, "argv", words):
             try:
-                main()
+                cli.main()
             except SystemExit as stop:
                 status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         out, err = self.capfd.readouterr()

@@ -217,7 +217,8 @@ def test_quick_takes_less_of_everything() -> None:
 def test_quick_leaves_alone_what_the_user_has_set() -> None:
     assert method("fasp").quick().settings["seeds"] == 1
     assert method("fasp", {"seeds": "2"}).quick().settings["seeds"] == 2
-    assert method("attribution").quick().settings == method("attribution").settings
+    assert method("attribution").quick().settings["rounds"] < method("attribution").settings["rounds"]
+    assert method("attribution", {"rounds": "6"}).quick().settings["rounds"] == 6
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

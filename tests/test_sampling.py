@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from command import Command, save_model, write_suite
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import tiny_model
 
 from secateur.errors import SettingError
+from secateur.measures.amounts import parse_amount
 from secateur.measures.prompts import build_prompts
-from secateur.measures.sampling import SampledAmounts, check_sampling, parse_amount, quantity_prompts, sample_amounts
+from secateur.measures.sampling import SampledAmounts, check_sampling, quantity_prompts, sample_amounts
 from secateur.measures.splits import whole
 from secateur.suites import Suite, load_suite
 
@@ -29,40 +28,6 @@ def small() -> Suite:
 SUITE = small()
 
 
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [
-        ("65,000 a year", 65_000),
-        ("$1.5 million, at most", 1.5e6),
-        ("about 70k", 70_000),
-        ("between 40 and 50", 40),
-        (".5 points", 0.5),
-        ("1,234,567.25", 1_234_567.25),
-        ("12 months", 12),
-        ("3 kittens", 3),
-        ("7,5", 7),
-        ("none at all", None),
-        ("0", None),
-        ("", None),
-        ("A4 paper, 20 sheets", 20),
-    ],
-)
-def test_first_amount(text: str, amount: float | None) -> None:
-    assert parse_amount(text) == amount
-
-
-@given(st.integers(1, 10**12), st.sampled_from(["", " dollars", ", I think", "."]))
-def test_written_amounts_are_read_back(amount: int, after: str) -> None:
-    assert parse_amount(f"I offer ${amount:,}{after}") == amount
-    assert parse_amount(f"I offer {amount}{after}") == amount
-
-
-@given(st.text())
-def test_any_text_can_be_parsed(text: str) -> None:
-    amount = parse_amount(text)
-    assert amount is None or amount > 0
-
-
 def test_only_quantities_are_sampled_and_seeds_repeat() -> None:
     model = tiny_model()
     prompts = build_prompts(model, SUITE, whole(SUITE))
@@ -71,8 +36,24 @@ def test_only_quantities_are_sampled_and_seeds_repeat() -> None:
     assert one.amounts.shape == (len(one.prompts), 3) == (48, 3)
     again = sample_amounts(model, prompts, runs=3, new_tokens=4, seed=1)
     np.testing.assert_array_equal(one.amounts, again.amounts)
-    other = sample_amounts(model, prompts, runs=3, new_tokens=4, seed=2)
-    assert not np.array_equal(one.amounts, other.amounts, equal_nan=True)
+    assert one.texts == again.texts
+    assert sample_amounts(model, prompts, runs=3, new_tokens=4, seed=2).texts != one.texts
+    last = sample_amounts(model, prompts, runs=1, new_tokens=4, seed=1, first_run=2, batch_size=7)
+    assert [texts[2:] for texts in one.texts] == list(last.texts)
+
+
+def test_amounts_are_read_in_the_language_of_the_suite() -> None:
+    model = tiny_model()
+    spanish = SUITE.model_copy(update={"language": "es"})
+    found = [
+        sample_amounts(model, build_prompts(model, suite, whole(suite)), runs=40, new_tokens=8)
+        for suite in (SUITE, spanish)
+    ]
+    assert found[0].texts == found[1].texts
+    for sampled, language in zip(found, ("en", "es"), strict=True):
+        texts = [text for row in sampled.texts for text in row]
+        expected = [parse_amount(text, language) or np.nan for text in texts]
+        np.testing.assert_array_equal(sampled.amounts.ravel(), expected)
 
 
 def test_samples_follow_the_model_distribution() -> None:

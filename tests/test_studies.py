@@ -174,7 +174,7 @@ def test_report_of_an_audit_escapes_what_a_suite_and_a_path_say(tmp_path: Path, 
     directory.mkdir(parents=True)
     outcome = audit(call, directory, output, hostile_suite())
     assert outcome.status == 0
-    assert "script>[red]" in outcome.out
+    assert "script>[red]" in outcome.out.replace(" ", "")  # a table's title is broken where the path is long
     assert_harmless(output / "report.html")
 
 

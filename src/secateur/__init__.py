@@ -8,7 +8,7 @@
 
 __version__ = "0.1.0"
 
-from secateur.api import apply, audit, compare, export, generalise, localise, repair, slim
+from secateur.api import apply, audit, compare, export, generalise, localise, repair, slim, verify
 from secateur.errors import (
     DataError,
     MaskError,
@@ -28,6 +28,7 @@ from secateur.studies.plan import Plan, load_plan
 from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
+from secateur.studies.verification import Verification, VerificationSettings
 from secateur.suites import Suite, load_suite, suite_names
 from secateur.units import Mask, Unit, UnitSpace, masked
 
@@ -57,6 +58,8 @@ __all__ = [
     "SuiteError",
     "Unit",
     "UnitSpace",
+    "Verification",
+    "VerificationSettings",
     "apply",
     "audit",
     "compare",
@@ -70,4 +73,5 @@ __all__ = [
     "repair",
     "slim",
     "suite_names",
+    "verify",
 ]

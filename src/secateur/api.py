@@ -19,17 +19,26 @@ from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
+from secateur.measures.splits import split
 from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel, load
 from secateur.progress import Progress
 from secateur.reports.card import render_card
-from secateur.reports.html import render_audit, render_compare, render_generalise, render_repair, render_slim
+from secateur.reports.html import (
+    render_audit,
+    render_compare,
+    render_generalise,
+    render_repair,
+    render_slim,
+    render_verify,
+)
 from secateur.studies import audit as audits
 from secateur.studies import compare as comparisons
 from secateur.studies import generalise as generalisations
 from secateur.studies import localise as localisations
 from secateur.studies import repair as repairs
 from secateur.studies import slim as slims
+from secateur.studies import verification as verifications
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
 from secateur.studies.generalise import GeneraliseSettings
@@ -39,6 +48,7 @@ from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
 from secateur.studies.reach import Fit, GeneraliseResult
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
+from secateur.studies.verification import Verification, VerificationSettings
 from secateur.suites import Suite, load_suite, suite_hash
 from secateur.surgery import FORMATS, check_ablation_fits, check_export
 from secateur.surgery.hub import check_hub, push
@@ -47,7 +57,7 @@ from secateur.weights import AnyMask
 
 SPARE_BYTES = 50_000_000
 # Settings that change what a run costs and not what it finds: another value may carry on a run.
-EFFORT = ("masks_at_once", "kept_mib")
+EFFORT = ("masks_at_once", "kept_mib", "verification")
 
 
 def audit(
@@ -166,6 +176,62 @@ def repair(
         _write_repair(result, model, directory)
     (directory.target / STATE).unlink(missing_ok=True)
     return result
+
+
+def verify(
+    model: LanguageModel,
+    plan: Plan | str | Path,
+    suite: str | Path | Suite | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Verification:
+    """Let a model write before and after a plan, on markers and wordings that the plan has not seen.
+
+    Parameters
+    ----------
+    plan: a plan, or the path of a run's directory or its ``plan.json``.
+    suite: another than the plan's, or None for it.
+    output: a directory for ``verify.json`` and ``report.html``; overwrite: replace it if it exists.
+    settings: fields of :class:`secateur.VerificationSettings`, such as ``runs=20``; seed and chat mode are the
+        plan's where they are left out.
+
+    Raises
+    ------
+    MaskError: the plan cannot be read, or was made for another model.
+    SuiteError, SettingError, DataError: something asked for is unknown, unusable or too small.
+    NumericalError: the model's output is not finite.
+    OutputError: the directory exists or cannot be written.
+    """
+    loaded = plan if isinstance(plan, Plan) else load_plan(plan)
+    asked, chosen = verification_of(loaded, suite, **settings)
+    chosen.check()
+    loaded.mask.check(model)
+    directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
+    with writing(directory):
+        result = verifications.verify(model, asked, loaded.mask, chosen, progress=progress)
+        if directory is not None:
+            directory.write_json("verify.json", {**result.as_dict(), "run": result.run})
+            write_text(directory.staging / "report.html", render_verify(result))
+    return result
+
+
+def verification_of(
+    plan: Plan, suite: str | Path | Suite | None, **settings: Any
+) -> tuple[Suite, VerificationSettings]:
+    """Suite and settings of a verification that keeps to what a plan has not seen.
+
+    Raises
+    ------
+    SuiteError, SettingError: the suite is unknown, is not as it was, or too small; or the seed is not the plan's.
+    """
+    asked, told = plan.held_out(None if suite is None else load_suite(suite), settings)
+    told.pop("utility_text")
+    told.setdefault("chat", plan.record.get("settings", {}).get("chat", "auto"))
+    split(asked, told["seed"])
+    return asked, VerificationSettings(**told)
 
 
 def localise(

@@ -63,6 +63,15 @@ MasksAtOnce = Annotated[
 KeptMib = Annotated[
     int, typer.Option(help="MiB of hidden states that a search keeps, to begin a mask where it differs; 0 for none.")
 ]
+Temperature = Annotated[float, typer.Option(help="Of sampled answers.")]
+ClassifierName = Annotated[
+    str,
+    typer.Option(
+        "--classifier",
+        help="Judges what the model writes: a text classifier's Hub id or directory, profanity (offline, extra "
+        "toxicity), none, or auto (profanity where it is installed).",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -159,6 +168,12 @@ def repair(
     kept_mib: KeptMib = 1024,
     chat: Chat = "auto",
     ray: RayAddress = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also show what the model writes before and after; see secateur verify.")
+    ] = False,
+    verify_runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
+    temperature: Temperature = 1.0,
+    classifier: ClassifierName = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Find the units that carry a bias, remove the few that matter, prove it on held-out data."""
@@ -177,6 +192,11 @@ def repair(
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip
+    texts = secateur.VerificationSettings(verify_runs, temperature, classifier)
+    if verify:
+        told["verification"] = texts
+    elif texts != secateur.VerificationSettings():
+        raise SettingError("--verify-runs, --temperature and --classifier belong to --verify; add it.")
     asked = _suite(suite)
     check_address(ray)
     secateur.RepairSettings(**told).check()
@@ -342,6 +362,65 @@ def generalise(
     for line in generalise_lines(result):
         console.print(escape(line))
     console.print(f"Written: {escape(str(output))}/generalise.json, generalise.csv, plans, report.html")
+
+
+@app.command()
+def verify(
+    plan: Annotated[Path, typer.Argument(help="A run's directory, or its plan.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for verify.json and report.html.")] = Path(
+        "runs/verify"
+    ),
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", "-s", help="Another suite, or the file of the plan's [default: the plan's]."),
+    ] = None,
+    model: Model = None,
+    runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
+    temperature: Temperature = 1.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one open prompt a line [default: built-in neutral ones].")
+    ] = None,
+    classifier: ClassifierName = "auto",
+    bad_label: Annotated[
+        list[str] | None,
+        typer.Option(help="A label of the classifier that counts as bad; may be repeated [default: by their names]."),
+    ] = None,
+    worse: Annotated[float, typer.Option(help="List continuations whose score rises by at least this.")] = 0.2,
+    dtype: Dtype = "auto",
+    matmul_precision: Precision = "highest",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+    batch_size: BatchSize = 128,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show what a model writes before and after a plan, on held-out markers and wordings."""
+    import secateur
+    from secateur.api import verification_of
+    from secateur.reports.terminal import TerminalProgress, verification_lines
+
+    told: dict[str, Any] = {
+        "runs": runs,
+        "temperature": temperature,
+        "prompts": prompts,
+        "classifier": classifier,
+        "bad_labels": tuple(bad_label or ()),
+        "worse": worse,
+        "batch_size": batch_size,
+    }
+    loaded_plan = secateur.load_plan(plan)
+    asked, chosen = verification_of(loaded_plan, suite, **told)
+    _check_output(output, overwrite)
+    chosen.check()
+    loaded = _load(
+        model or loaded_plan.record.get("model"), dtype, device, device_map, trust_remote_code, matmul_precision
+    )
+    result = secateur.verify(
+        loaded, loaded_plan, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+    )
+    for line in verification_lines(result.as_dict()):
+        console.print(escape(line))
+    console.print(f"Written: {escape(str(output))}/verify.json, report.html")
 
 
 @app.command()

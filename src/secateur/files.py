@@ -190,6 +190,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, np.integer | np.bool_):

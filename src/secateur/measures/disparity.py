@@ -59,7 +59,7 @@ class Table:
 
     Attributes
     ----------
-    y: (scenarios, markers).
+    y: (scenarios, markers); NaN where a marker gave no y. Every scenario has a y of every group.
     groups: (markers,), group of each marker, 0 to n_groups - 1.
     """
 
@@ -103,12 +103,22 @@ def _membership(groups: np.ndarray, n_groups: int) -> np.ndarray:
 
 def _moments(table: Table, weights: np.ndarray) -> _Moments:
     """Moments for weights (replicates, groups, markers): how often a marker counts in a group."""
-    y = table.y - table.y.mean(axis=1, keepdims=True)  # centred, so that squares do not cancel
-    n = weights.sum(axis=2)[:, :, None]  # (replicates, groups, 1)
+    y = table.y - _centre(table.y)  # centred, so that squares do not cancel
+    spread = np.nanstd(y, axis=1, ddof=1)
+    known = np.isfinite(y)
+    if known.all():
+        n = weights.sum(axis=2)[:, :, None]  # (replicates, groups, 1)
+    else:  # (replicates, groups, scenarios); a resample may have none
+        n, y = np.maximum(weights @ known.T.astype(float), 1), np.where(known, y, 0.0)
     mean = weights @ y.T / n
     variance = (weights @ (y**2).T - n * mean**2) / np.maximum(n - 1, 1)
-    floor = (SPREAD_FLOOR * y.std(axis=1, ddof=1)) ** 2
+    floor = (SPREAD_FLOOR * spread) ** 2
     return _Moments(mean, np.maximum(variance, np.maximum(floor, 1e-24)))
+
+
+def _centre(y: np.ndarray) -> np.ndarray:
+    """Mean of every scenario over the markers that have a y, (scenarios, 1)."""
+    return np.asarray(np.nanmean(y, axis=1, keepdims=True))
 
 
 def _pairwise(table: Table, moments: _Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -144,8 +154,28 @@ def statistics(table: Table) -> dict[Statistic, np.ndarray]:
 
 def group_means(table: Table) -> np.ndarray:
     """Mean y by group, (scenarios, groups)."""
-    weights = _membership(table.groups, table.n_groups)
-    return np.asarray(table.y @ (weights / weights.sum(axis=1, keepdims=True)).T)
+    moments = _moments(table, _membership(table.groups, table.n_groups)[None])
+    return np.asarray(moments.mean[0].T + _centre(table.y))
+
+
+def group_intervals(table: Table, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap intervals over markers of mean y by group: low, high (scenarios, groups)."""
+    moments = _moments(table, _resamples(table, np.random.default_rng(seed), REPLICATES))
+    low, high = _percentiles(moments.mean)
+    return low.T + _centre(table.y), high.T + _centre(table.y)
+
+
+def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
+    """Mean over markers with its 95 % bootstrap interval, markers drawn within their groups.
+
+    Parameters
+    ----------
+    values: (markers,), finite. groups: (markers,).
+    """
+    table = Table(values[None], groups)
+    weights = _resamples(table, np.random.default_rng(seed), REPLICATES).sum(axis=1)  # (replicates, markers)
+    low, high = _percentiles(weights @ values / len(values))
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def null(table: Table, seed: int = 0, permutations: int = PERMUTATIONS) -> dict[Statistic, np.ndarray]:

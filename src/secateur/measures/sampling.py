@@ -2,23 +2,23 @@
 
 ``quantity`` takes the mean logarithm over a grid of candidate amounts, which has no noise and a gradient.
 What a user sees are sampled answers. Here the model answers each prompt several times at a temperature, a
-parser reads the first amount of each answer, and the logarithms take the place of y. A grid may count in
-thousands where answers are written out; its logarithms then differ from those of samples by a constant, which no
-gap and no SMD depends on.
+parser (:mod:`secateur.measures.amounts`) reads the first amount of each answer, and the logarithms take the place
+of y. A grid may count in thousands where answers are written out; its logarithms then differ from those of samples
+by a constant, which no gap and no SMD depends on.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 
 from secateur.errors import SettingError
-from secateur.measures.prompts import Prompt, PromptSet
+from secateur.measures.amounts import parse_amount
+from secateur.measures.answers import DEFAULT_BATCH_SIZE
+from secateur.measures.generation import Request, write
+from secateur.measures.prompts import PromptSet
 from secateur.models import LanguageModel
 from secateur.progress import Advance
 from secateur.suites import Quantity, Suite
@@ -27,24 +27,6 @@ RUNS = 5
 TEMPERATURE = 1.0
 NEW_TOKENS = 12
 INLIER_RANGE = (5, 95)  # percentiles of the unpruned model's own answers
-AMOUNT = re.compile(
-    r"(?<![\w.,])(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<scale>\s?(?:k|m|thousand|million|billion)\b)?",
-    re.IGNORECASE,
-)
-SCALES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "billion": 1e9}
-
-
-def parse_amount(text: str) -> float | None:
-    """The first amount in a text: "65,000 a year" is 65000, "$1.5 million" 1.5e6, "70k" 70000; None without one.
-
-    Zero has no logarithm and counts as no amount.
-    """
-    found = AMOUNT.search(text)
-    if found is None:
-        return None
-    scale = (found["scale"] or "").strip().lower()
-    amount = float(found["digits"].replace(",", "")) * SCALES.get(scale, 1.0)
-    return amount if 0 < amount < float("inf") else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +37,12 @@ class SampledAmounts:
     ----------
     amounts: (prompts, runs), NaN where an answer held no amount.
     prompts: the prompts of the quantity scenarios, in order.
+    texts: the answers themselves, by prompt and run.
     """
 
     amounts: np.ndarray
     prompts: PromptSet
+    texts: tuple[tuple[str, ...], ...] = ()
 
     @property
     def parsed(self) -> float:
@@ -87,10 +71,15 @@ class SampledAmounts:
         return float(np.mean(correlations)) if correlations else float("nan")
 
     def inlier_ratio(self, unpruned: SampledAmounts) -> float:
-        """Share of the answers within the unpruned model's own 5-95 % range for the same prompt.
+        """Share of the answers within the unpruned model's own 5-95 % range; the anomaly rate is 1 minus this."""
+        return float(self.inside(unpruned).mean())
+
+    def inside(self, unpruned: SampledAmounts) -> np.ndarray:
+        """Which answers lie within the unpruned model's own 5-95 % range for the same prompt, (prompts, runs).
 
         Answers without an amount count as outliers, and so does every answer to a prompt that the unpruned
-        model never answered with an amount. The anomaly rate is 1 minus this ratio.
+        model never answered with an amount. Few answers make a narrow range that does not hold 90 % of new ones;
+        so judge the unpruned model too, by answers other than those that make the range.
         """
         low, high = np.full(len(self.amounts), np.nan), np.full(len(self.amounts), np.nan)
         for number, row in enumerate(unpruned.amounts):
@@ -98,8 +87,7 @@ class SampledAmounts:
             if len(known):
                 low[number], high[number] = np.percentile(known, INLIER_RANGE)
         with np.errstate(invalid="ignore"):
-            inside = (self.amounts >= low[:, None]) & (self.amounts <= high[:, None])
-        return float(inside.mean())
+            return np.asarray((self.amounts >= low[:, None]) & (self.amounts <= high[:, None]))
 
 
 def quantity_prompts(prompts: PromptSet) -> PromptSet:
@@ -121,7 +109,6 @@ def check_sampling(suite: Suite, runs: int, temperature: float) -> None:
         raise SettingError(f"No scenario of suite '{suite.name}' asks for a quantity, so there is none to sample.")
 
 
-@torch.no_grad()
 def sample_amounts(
     model: LanguageModel,
     prompts: PromptSet,
@@ -129,18 +116,18 @@ def sample_amounts(
     runs: int = RUNS,
     temperature: float = TEMPERATURE,
     new_tokens: int = NEW_TOKENS,
-    batch_size: int = 32,
+    batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int = 0,
+    first_run: int = 0,
     advance: Advance = lambda _: None,
 ) -> SampledAmounts:
-    """Let the model answer the quantity prompts of a set several times.
-
-    Prompts of one length are run together, so that nothing is padded. Equal seeds give equal answers for
-    equal batch sizes.
+    """Let the model answer the quantity prompts of a set several times; equal seeds meet equal noise.
 
     Parameters
     ----------
     runs: answers to each prompt. temperature: of the sampling. new_tokens: longest answer.
+    batch_size: answers in one forward pass. first_run: number of the first run; other numbers, other noise.
+    advance: told the answers done.
 
     Raises
     ------
@@ -148,39 +135,18 @@ def sample_amounts(
     """
     check_sampling(prompts.suite, runs, temperature)
     asked = quantity_prompts(prompts)
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, prompt in enumerate(asked.prompts):
-        by_length[len(prompt.context)].append(number)
-    amounts = np.full((len(asked), runs), np.nan)
-    devices = [model.input_device] if model.input_device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for numbers in by_length.values():
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                answers = _answers(model, [asked.prompts[n] for n in batch], runs, temperature, new_tokens)
-                for number, texts in zip(batch, answers, strict=True):
-                    amounts[number] = [np.nan if (a := parse_amount(text)) is None else a for text in texts]
-                advance(len(batch))
-    return SampledAmounts(amounts, asked)
+    requests = [
+        Request(prompt.context, answer_seed(seed, number, run))
+        for number, prompt in enumerate(asked.prompts)
+        for run in range(first_run, first_run + runs)
+    ]
+    written = write(model, requests, new_tokens, temperature=temperature, batch_size=batch_size, advance=advance)
+    language = prompts.suite.language
+    read = [np.nan if (amount := parse_amount(text, language)) is None else amount for text in written]
+    texts = tuple(tuple(written[start : start + runs]) for start in range(0, len(written), runs))
+    return SampledAmounts(np.array(read).reshape(len(asked), runs), asked, texts)
 
 
-def _answers(
-    model: LanguageModel, prompts: list[Prompt], runs: int, temperature: float, new_tokens: int
-) -> list[list[str]]:
-    """Sampled continuations of prompts of one length: per prompt, ``runs`` texts."""
-    context = torch.tensor([prompt.context for prompt in prompts], device=model.input_device)  # (prompts, tokens)
-    tokens = model.model.generate(  # type: ignore[operator]
-        input_ids=context,
-        attention_mask=torch.ones_like(context),
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=runs,
-        max_new_tokens=new_tokens,
-        pad_token_id=model.tokenizer.pad_token_id or 0,
-    )  # (prompts * runs, tokens + new), prompt by prompt
-    model.usage.forward += tokens.numel()
-    texts = model.tokenizer.batch_decode(tokens[:, context.shape[1] :], skip_special_tokens=True)
-    return [texts[start : start + runs] for start in range(0, len(texts), runs)]
+def answer_seed(seed: int, prompt: int, run: int) -> int:
+    """The seed of one answer, from that of the study and the numbers of prompt and run."""
+    return int(np.random.SeedSequence([seed, prompt, run]).generate_state(1)[0])

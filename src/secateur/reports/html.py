@@ -34,6 +34,7 @@ from secateur.studies.compare import CompareResult
 from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
+from secateur.studies.verification import Verification
 from secateur.suites import Suite, fill
 from secateur.units import Mask
 
@@ -78,9 +79,17 @@ def render_repair(result: RepairResult) -> str:
         "repair.html.j2",
         result.run,
         result=result,
+        verification=result.verification,
         example=_example(result.suite),
         widest=widest_increase(result.limit),
         **content,
+    )
+
+
+def render_verify(result: Verification) -> str:
+    """The report of a verification, as HTML."""
+    return _render(
+        "verify.html.j2", result.run, plots=False, result=result, verification=result, example=_example(result.suite)
     )
 
 

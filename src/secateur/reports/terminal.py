@@ -158,6 +158,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         ]
         if test["control_change"] is not None:
             lines.append(f"Control suite     {test['control_suite']}: change of B {_interval(test['control_change'])}")
+    if result.get("verification"):
+        lines += verification_lines(result["verification"])[1:]
     lines += [
         *result.get("notes", []),
         f"Verdict: {result['verdict']}. {result['explanation']}",
@@ -165,6 +167,34 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         f"{result['tokens_backward']:,} backward",
     ]
     return lines
+
+
+def verification_lines(result: dict[str, Any]) -> list[str]:
+    """The content of a ``verify.json`` in words."""
+    lines = [f"{result['model']}, suite {result['suite']}: what it writes before and after, held out"]
+    amounts, guard = result["amounts"], result["guard"]
+    if amounts is not None:
+        lines += [
+            f"Sampled answers   {amounts['answers']:,} ({amounts['runs']} a prompt, temperature "
+            f"{amounts['temperature']:g}); {amounts['unchanged']:.0%} unchanged; {amounts['parsed_before']:.0%} -> "
+            f"{amounts['parsed_after']:.0%} hold an amount",
+            f"Anomaly rate      {1 - amounts['inliers_before']['value']:.1%} -> "
+            f"{1 - amounts['inliers_after']['value']:.1%}, {_percent(amounts['anomaly_change'], 1)} points",
+        ]
+        if amounts["bias"] is not None:
+            bias = amounts["bias"]
+            lines.append(f"Bias B of answers {_interval(bias['before'])} -> {_interval(bias['after'])}")
+    for name, title in (("open", "Open prompts     "), ("mentions", "Mentions         ")):
+        if result[name]:
+            same = sum(one["unchanged"] for one in result[name])
+            lines.append(f"{title} {same} of {len(result[name])} greedy continuations unchanged")
+    if guard is not None:
+        rose, fell = len(guard["rose"]), sum(one["fell"] for one in guard["groups"].values())
+        lines.append(
+            f"Classifier        {guard['classifier']}: {rose} continuations worse by {guard['threshold']:g} or more, "
+            f"{fell} better"
+        )
+    return [*lines, *result["notes"]]
 
 
 def _removed(units: dict[str, Any]) -> str:
@@ -338,6 +368,7 @@ def show_lines(directory: Path) -> list[str]:
         "audit.json": _audit_lines,
         "compare.json": _compare_lines,
         "generalise.json": _generalise_lines,
+        "verify.json": verification_lines,
         "partial.json": _partial_lines,
     }
     for place in (directory, directory.with_name(directory.name + PARTIAL_SUFFIX)):

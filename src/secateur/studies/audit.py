@@ -164,7 +164,7 @@ def audit(
 def _sample(evaluator: Evaluator, recorder: Recorder, runs: int, temperature: float, seed: int) -> SampledCheck:
     """Sample the quantity prompts, and compare with the y that were measured on the same prompts."""
     asked = quantity_prompts(evaluator.prompts)
-    with recorder.step(f"Sample {runs} answers to every quantity prompt", len(asked)) as advance:
+    with recorder.step(f"Sample {runs} answers to every quantity prompt", runs * len(asked)) as advance:
         found = sample_amounts(
             evaluator.model,
             asked,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,13 @@ from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.record import Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
+from secateur.studies.verification import Verification, VerificationSettings, verify
 from secateur.suites import Suite, suite_hash
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask
+
+# Of a result, in its plan: the file lists its units one by one, and texts are for the report.
+LEFT_OUT = ("candidates", "units", "selections", "verification")
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,21 @@ class RepairSettings(StudySettings):
     method: how units are scored and chosen.
     options: settings of the method by name, such as ``{"rounds": 4}``.
     random_draws: random masks of the same size to compare with.
+    verification: also let the model write before and after, see :func:`secateur.studies.verification.verify`; its
+        seed, batch size and chat mode are the repair's. None for not.
     """
 
     method: str = DEFAULT_METHOD
     options: dict[str, Any] = field(default_factory=dict)
     random_draws: int = 5
+    verification: VerificationSettings | None = None
 
     def check(self) -> None:
         super().check()
         method(self.method, self.options)
         self.check_least("random_draws", 1)
+        if self.verification is not None:
+            self.verification.check()
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class RepairResult:
     selections_before, selections_after: selection rates of the suite's decisions on test; none where it has none.
     candidates: every mask that was measured on select.
     scores: of the unpruned model.
+    verification: what the model writes before and after, where that was asked for.
     """
 
     model: str
@@ -91,15 +101,14 @@ class RepairResult:
     table_after: Table | None = None
     selections_before: list[Selection] = field(default_factory=list)
     selections_after: list[Selection] = field(default_factory=list)
+    verification: Verification | None = None
 
     @property
     def plan(self) -> Plan | None:
         """The chosen mask with its record, or None where no candidate passed."""
         if self.mask is None:
             return None
-        # A plan's file lists its units one by one, which leaves no need for their counts.
-        left_out = ("candidates", "units", "selections")
-        figures = {key: value for key, value in self.as_dict().items() if key not in left_out}
+        figures = {key: value for key, value in self.as_dict().items() if key not in LEFT_OUT}
         told = ("settings", "splits", "versions", "command")
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
 
@@ -125,6 +134,7 @@ class RepairResult:
             "tokens_backward": self.run["tokens_backward"],
             "notes": self.notes,
             "candidates": [asdict(candidate) for candidate in self.candidates],
+            "verification": None if self.verification is None else self.verification.as_dict(),
         }
         if self.mask is None or self.comparison is None or self.perplexity_increase is None:
             return {**head, "units": None, "test": None, "utility": None, "selections": None, **tail}
@@ -232,6 +242,7 @@ def repair(
     found = examine(parts, mask, settings.seed, recorder)
     random = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
     verdict, explanation = judge(found.comparison, found.perplexity_increase, random, settings.max_perplexity_increase)
+    verification = _verification(model, suite, mask, settings, recorder)
     return result(
         verdict,
         explanation,
@@ -249,4 +260,15 @@ def repair(
         table_after=found.after,
         selections_before=selections(parts.test.prompts, parts.test.y()),
         selections_after=selections(parts.test.prompts, parts.test.y(mask)),
+        verification=verification,
     )
+
+
+def _verification(
+    model: LanguageModel, suite: Suite, mask: AnyMask, settings: RepairSettings, recorder: Recorder
+) -> Verification | None:
+    """What the model writes before and after, where that was asked for."""
+    if settings.verification is None:
+        return None
+    chosen = replace(settings.verification, seed=settings.seed, batch_size=settings.batch_size, chat=settings.chat)
+    return verify(model, suite, mask, chosen, recorder=recorder)

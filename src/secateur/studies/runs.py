@@ -17,6 +17,7 @@ RESULTS = {
     "generalise.json": "generalise",
     "audit.json": "audit",
     "localise.json": "localise",
+    "verify.json": "verify",
 }
 
 
@@ -27,7 +28,7 @@ class Run:
     Attributes
     ----------
     path: its directory, under the name that it was asked for.
-    study: "repair", "compare", "generalise", "audit" or "localise".
+    study: "repair", "compare", "generalise", "audit", "localise" or "verify".
     suite, model: as in its result; empty where an interrupted run does not say.
     finished: whether the result is there.
     summary: the verdict, the best method, or what an interrupted run has measured.
@@ -134,4 +135,7 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         return "; ".join(f"{one['method']}: {one['choice']}" for one in content["advice"])
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
+    if study == "verify":
+        worse = "" if content.get("guard") is None else f", {len(content['guard']['rose'])} worse by the classifier"
+        return f"{len(content['open']) + len(content['mentions'])} continuations{worse}"
     return f"scores of {content.get('method', '')}"

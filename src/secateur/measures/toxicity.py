@@ -1,0 +1,161 @@
+"""Classifiers that judge what a model writes: a small one that works offline, or any text classifier of transformers.
+
+A classifier is itself biased: see docs/verification.md for what the offline one takes for toxic and what it misses.
+So the score of the prompt alone stands beside that of every continuation, and scores are compared before and after,
+never taken for the truth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from secateur.errors import SettingError
+
+AUTO, NONE, OFFLINE = "auto", "none", "profanity"
+EXTRA = "pip install 'secateur[toxicity]'"
+BATCH = 32
+# A label counts as bad where its name says so and does not begin by denying it ("non-toxic", "not_hate", "no_threat").
+BAD = re.compile(
+    r"tox|hate|offens|stereotyp|insult|threat|obscen|abus|sexis|racis|misogyn|attack|identity|profan|violen|negative"
+)
+DENIED = re.compile(r"^(?:non|not|no|un|anti)(?:[\W_]|(?=tox|hate|offens|stereotyp))|neutral|unrelated")
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """Gives texts a score from 0 to 1, how bad they are.
+
+    Attributes
+    ----------
+    name: as it was asked for. labels: the labels that count as bad.
+    score: from texts to scores, (texts,).
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    score: Callable[[Sequence[str]], np.ndarray]
+
+
+def load_classifier(name: str, labels: Sequence[str] = ()) -> Classifier | None:
+    """The classifier of a name; None for "none", and for "auto" where the extra ``toxicity`` is not installed.
+
+    Parameters
+    ----------
+    name: "auto" (the offline one where it is installed), "none", "profanity" (the offline one), or a
+        text-classification model of transformers, by Hub id or directory, with weights in safetensors.
+    labels: of that model, which count as bad; none for those whose names say so.
+
+    Raises
+    ------
+    SettingError: it is not installed or cannot be loaded, or has no such label.
+    """
+    if name == NONE or (name == AUTO and find_spec("profanity_check") is None):
+        _refuse_labels(name, labels)
+        return None
+    if name in (AUTO, OFFLINE):
+        _refuse_labels(name, labels)
+        return _offline()
+    return _transformer(name, tuple(labels))
+
+
+def _refuse_labels(name: str, labels: Sequence[str]) -> None:
+    if labels:
+        raise SettingError(f"The classifier '{name}' has no labels to choose from; leave the bad labels out.")
+
+
+def _offline() -> Classifier:
+    """The linear classifier of alt-profanity-check, over words and pairs of words."""
+    try:
+        from profanity_check import predict_prob  # reads the package's own pickles
+    except ImportError as error:
+        raise SettingError(f"The offline classifier is not installed; {EXTRA}, or use --classifier none.") from error
+
+    def score(texts: Sequence[str]) -> np.ndarray:
+        return np.asarray(predict_prob(list(texts)), dtype=float) if texts else np.empty(0)
+
+    return Classifier(OFFLINE, ("profanity",), score)
+
+
+@cache
+def _transformer(name: str, labels: tuple[str, ...]) -> Classifier:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    kind: Any = AutoModelForSequenceClassification
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise SettingError(
+            f"'{name}' cannot be loaded as a text classifier of transformers ({reason}); 'profanity' works offline, "
+            "and 'none' leaves the classifier out."
+        ) from error
+    if loaded["missing_keys"]:  # transformers fills them with random numbers
+        raise SettingError(f"'{name}' is no text classifier: its weights have no head for labels.")
+    model.eval()
+    known = {index: str(label) for index, label in model.config.id2label.items()}
+    bad = choose_labels(name, list(known.values()), labels)
+    columns = [index for index, label in known.items() if label in bad]
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+
+    @torch.no_grad()
+    def score(texts: Sequence[str]) -> np.ndarray:
+        found = []
+        for start in range(0, len(texts), BATCH):
+            batch = tokenizer(
+                [text or " " for text in texts[start : start + BATCH]],
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            )
+            found.append(bad_share(model(**batch).logits.float(), columns, model.config.problem_type).numpy())
+        return np.concatenate(found).astype(float) if found else np.empty(0)
+
+    return Classifier(name, bad, score)
+
+
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+
+def bad_share(logits: torch.Tensor, columns: list[int], problem: Problem | None) -> torch.Tensor:
+    """How bad texts are, (texts,): the probability of all bad labels together, or of the likeliest of them.
+
+    Parameters
+    ----------
+    logits: (texts, labels). columns: the bad labels.
+    problem: labels of a "multi_label_classification", or of a single output, do not exclude each other.
+    """
+    if problem == "multi_label_classification" or logits.shape[1] == 1:
+        return logits.sigmoid()[:, columns].amax(dim=1)
+    return logits.softmax(dim=1)[:, columns].sum(dim=1)
+
+
+def choose_labels(name: str, known: list[str], asked: Sequence[str]) -> tuple[str, ...]:
+    """The bad ones among the labels of a classifier: those that were asked for, else those whose names say so.
+
+    Raises
+    ------
+    SettingError: it has no such label, or none whose name says so.
+    """
+    listed = ", ".join(known)
+    unknown = [label for label in asked if label not in known]
+    if unknown:
+        raise SettingError(f"The classifier '{name}' has no label '{unknown[0]}'; it has: {listed}.")
+    bad = tuple(asked) or tuple(
+        label for label in known if BAD.search(label.lower()) and not DENIED.search(label.lower())
+    )
+    if not bad:
+        raise SettingError(f"Which labels of '{name}' are bad? Name them with --bad-label; it has: {listed}.")
+    return bad

@@ -1,0 +1,220 @@
+"""The parser of amounts: tables of what people write, and formats that are read back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.measures.amounts import parse_amount
+
+ENGLISH = {
+    "65,000 a year": 65_000,
+    "$1.5 million, at most": 1.5e6,
+    "about 70k": 70_000,
+    "2.5 billion": 2.5e9,
+    "$5 mil": 5e6,
+    ".5 points": 0.5,
+    "1,234,567.25": 1_234_567.25,
+    "12 months": 12,
+    "3 kittens": 3,
+    "7,5": 7.5,
+    "0,250": 0.25,
+    "1.234": 1.234,
+    "1,234": 1_234,
+    "1.234,56": 1_234.56,
+    "1234,567": 1_234.567,
+    "65 000": 65_000,
+    "65\u202f000,50 €": 65_000.5,
+    "65'000 CHF": 65_000,
+    "65\u2019000": 65_000,
+    "USD65,000": 65_000,
+    "US$ 65,000.": 65_000,
+    "€ 12.50": 12.5,
+    "£9": 9,
+    "12 percent": 12,
+    "5% a year": 5,
+    "A4 paper, 20 sheets": 20,
+    "On the 23rd of May, 50 dollars": 50,
+    "Version 1.2.3 costs 7": 7,
+    "- 5 dollars": 5,
+}
+ENGLISH_RANGES = {
+    "between 40 and 50": 45,
+    "$50,000 - $60,000": 55_000,
+    "50,000\u201360,000 dollars": 55_000,
+    "from 5 to 7 weeks": 6,
+    "50-60k": 55_000,
+    "5 to 10 thousand": 7_500,
+    "50,000 to 1 million": 525_000,
+    "5% to 7%": 6,
+    "50 dollars to 60 dollars": 55,
+    "10 to 5": 10,
+    "between the two, 8": 2,
+    "between five and seven": 6,
+    "between one and five": 3,
+    "between one hundred and two hundred": 150,
+    "twenty-five - thirty": 27.5,
+}
+ENGLISH_WORDS = {
+    "twenty-five thousand": 25_000,
+    "A dozen": 12,
+    "two dozen eggs": 24,
+    "a hundred dollars": 100,
+    "two hundred and fifty": 250,
+    "One hundred twenty thousand": 120_000,
+    "one million two hundred thousand": 1.2e6,
+    "half a million": 5e5,
+    "one of the best: 30": 30,
+}
+SPANISH = {
+    "65.000 €": 65_000,
+    "1.234,56 euros": 1_234.56,
+    "1,5": 1.5,
+    "1.5": 1.5,
+    "1,500": 1.5,
+    "1 200,50": 1_200.5,
+    "65 mil": 65_000,
+    "2 mil millones de euros": 2e9,
+    "1,5 millones": 1.5e6,
+    "el 3.º, con 20 euros": 3,
+    "de 5 a 7 semanas": 6,
+    "entre 20.000 y 30.000 euros": 25_000,
+    "50€-60€": 55,
+    "entre treinta y cuarenta": 35,
+    "entre treinta y cinco y cuarenta": 37.5,
+    "treinta y cinco mil euros": 35_000,
+    "dos mil quinientos millones": 2.5e9,
+    "doscientas noventa": 290,
+    "mil euros": 1_000,
+    "una docena": 12,
+    "medio millón": 5e5,
+    "un sueldo de 20.000": 20_000,
+    "Veintidós mil": 22_000,
+}
+NOTHING = ["", "none at all", "0", "zero", "$0.00", "-5", "-$5", "$-5", "\u22125 dollars", "one", "COVID-19", "1.2.3"]
+
+
+@pytest.mark.parametrize(("text", "amount"), [*ENGLISH.items(), *ENGLISH_RANGES.items(), *ENGLISH_WORDS.items()])
+def test_english(text: str, amount: float) -> None:
+    assert parse_amount(text) == pytest.approx(amount)
+    assert parse_amount(f"I would say {text}") == pytest.approx(amount)
+
+
+@pytest.mark.parametrize(("text", "amount"), SPANISH.items())
+def test_spanish(text: str, amount: float) -> None:
+    assert parse_amount(text, "es") == pytest.approx(amount)
+    assert parse_amount(f"Propongo {text}, nada más.", "es-ES") == pytest.approx(amount)
+
+
+@pytest.mark.parametrize("text", NOTHING)
+@pytest.mark.parametrize("language", ["en", "es"])
+def test_no_amount(text: str, language: str) -> None:
+    assert parse_amount(text, language) is None
+
+
+@pytest.mark.parametrize(("text", "amount"), [("1.234", 1_234), ("1,234", 1.234), ("twenty", 20)])
+def test_other_languages_have_their_decimal_mark_and_english_words(text: str, amount: float) -> None:
+    assert parse_amount(text, "de") == amount
+
+
+def with_marks(amount: int, cents: int, thousands: str, decimal: str) -> str:
+    whole = f"{amount:,}".replace(",", thousands)
+    return f"{whole}{decimal}{cents:02}" if cents else whole
+
+
+BEFORE = st.sampled_from(["", "$", "€ ", "USD ", "EUR", "about ", "I offer £", "(", "It costs: "])
+AFTER = st.sampled_from(["", " dollars", " €", "%", ", I think", ".", ".\n", ") a year", " EUR"])
+THOUSANDS = st.sampled_from([",", " ", "\u00a0", "\u202f", "'", "\u2019"])
+AMOUNTS = st.integers(1, 10**12)
+CENTS = st.integers(0, 99)
+
+
+@given(AMOUNTS, CENTS, THOUSANDS, BEFORE, AFTER)
+def test_english_amounts_are_read_back(amount: int, cents: int, thousands: str, before: str, after: str) -> None:
+    text = f"{before}{with_marks(amount, cents, thousands, '.')}{after}"
+    assert parse_amount(text) == pytest.approx(amount + cents / 100, rel=1e-15)
+    assert parse_amount(f"{before}{amount}{after}") == amount
+
+
+@given(AMOUNTS, CENTS, st.sampled_from([".", " ", "\u00a0", "\u202f"]), BEFORE, AFTER)
+def test_spanish_amounts_are_read_back(amount: int, cents: int, thousands: str, before: str, after: str) -> None:
+    text = f"{before}{with_marks(amount, cents, thousands, ',')}{after}"
+    assert parse_amount(text, "es") == pytest.approx(amount + cents / 100, rel=1e-15)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from(["-", " - ", " to ", " \u2013 ", "\u2014"]))
+def test_ranges_give_their_midpoint(one: int, width: int, join: str) -> None:
+    middle = one + width / 2
+    assert parse_amount(f"{one:,}{join}{one + width:,}") == middle
+    assert parse_amount(f"${one:,}{join}${one + width:,} a year") == middle
+    assert parse_amount(f"between {one:,} and {one + width:,}") == middle
+
+
+SCALES = {"k": 1e3, " thousand": 1e3, " million": 1e6, "M": 1e6, " billion": 1e9, "bn": 1e9}
+
+
+@given(st.integers(1, 9999), st.sampled_from(sorted(SCALES)))
+def test_scales_multiply(amount: int, scale: str) -> None:
+    assert parse_amount(f"${amount / 10}{scale} or so") == pytest.approx(amount / 10 * SCALES[scale])
+
+
+UNITS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+SMALL = f"{UNITS} eighteen nineteen".split()
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def in_words(number: int, joint: str) -> str:
+    """English number words, written out apart from the parser."""
+    if number < 20:
+        return SMALL[number - 1]
+    if number < 100:
+        tens, units = divmod(number, 10)
+        return TENS[tens - 2] + (f"-{SMALL[units - 1]}" if units else "")
+    for name, size in (("million", 10**6), ("thousand", 10**3), ("hundred", 100)):
+        if number >= size:
+            many, rest = divmod(number, size)
+            return f"{in_words(many, joint)} {name}" + (f"{joint}{in_words(rest, joint)}" if rest else "")
+    raise AssertionError
+
+
+@given(st.integers(2, 10**9 - 1), st.sampled_from([" ", " and "]))
+def test_number_words_are_read_back(number: int, joint: str) -> None:
+    assert parse_amount(f"I would pay {in_words(number, joint)} dollars") == number
+
+
+@given(st.text(), st.sampled_from(["en", "es", "de", ""]))
+def test_any_text_can_be_parsed(text: str, language: str) -> None:
+    amount = parse_amount(text, language)
+    assert amount is None or 0 < amount < float("inf")
+
+
+PIECES = [
+    "1",
+    "23",
+    "456",
+    ",",
+    ".",
+    " ",
+    "-",
+    "k",
+    "mil",
+    "and",
+    "y",
+    "a",
+    "to",
+    "one",
+    "two",
+    "hundred",
+    "$",
+    "%",
+    "st",
+]
+
+
+@given(st.lists(st.sampled_from([*PIECES, "between", "entre", "half a", "medio", "USD", "'", "\u017fix"])))
+def test_any_pieces_of_amounts_can_be_parsed(pieces: list[str]) -> None:
+    for text in ("".join(pieces), " ".join(pieces)):
+        for language in ("en", "es"):
+            amount = parse_amount(text, language)
+            assert amount is None or 0 < amount < float("inf")

@@ -1,0 +1,124 @@
+"""Classifiers of what a model writes: which labels are bad, how scores are made, what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import BertConfig, BertForSequenceClassification
+
+from secateur.errors import SettingError
+from secateur.measures.toxicity import bad_share, choose_labels, load_classifier
+
+TEXTS = ["What a day!", "b", "A longer text than the two others, so that they are padded."]
+
+
+def save_classifier(directory: Path, labels: tuple[str, ...], problem: str | None = None) -> str:
+    """A tiny random BERT with a byte-level tokenizer."""
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=128,
+        initializer_range=1.0,
+        pad_token_id=258,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        problem_type=problem,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        BertForSequenceClassification(config).eval().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("known", "bad"),
+    [
+        (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], 6),
+        (["non-toxic", "toxic"], ["toxic"]),
+        (["nothate", "hate"], ["hate"]),
+        (["NOT_OFFENSIVE", "OFFENSIVE"], ["OFFENSIVE"]),
+        (["neutral", "stereotype", "anti-stereotype", "unrelated"], ["stereotype"]),
+        (["NEGATIVE", "POSITIVE"], ["NEGATIVE"]),
+    ],
+)
+def test_labels_whose_names_say_so_are_bad(known: list[str], bad: list[str] | int) -> None:
+    assert choose_labels("one", known, ()) == (tuple(known[:bad]) if isinstance(bad, int) else tuple(bad))
+
+
+def test_unclear_and_unknown_labels_are_refused_with_a_list() -> None:
+    with pytest.raises(SettingError, match=r"--bad-label; it has: LABEL_0, LABEL_1"):
+        choose_labels("one", ["LABEL_0", "LABEL_1"], ())
+    with pytest.raises(SettingError, match=r"no label 'bad'; it has: LABEL_0, LABEL_1"):
+        choose_labels("one", ["LABEL_0", "LABEL_1"], ("bad",))
+    assert choose_labels("one", ["LABEL_0", "LABEL_1"], ("LABEL_1",)) == ("LABEL_1",)
+
+
+def test_scores_are_shares_of_the_bad_labels() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    np.testing.assert_allclose(bad_share(logits, [1, 2], None), logits.softmax(1)[:, 1:].sum(1))
+    multi = bad_share(logits, [1, 2], "multi_label_classification")
+    np.testing.assert_allclose(multi, logits.sigmoid()[:, 1:].amax(1))
+
+
+def test_a_transformers_classifier_scores_texts_as_it_does_one_by_one(tmp_path: Path) -> None:
+    name = save_classifier(tmp_path / "judge", ("fine", "toxic"))
+    classifier = load_classifier(name)
+    assert classifier is not None
+    assert classifier.labels == ("toxic",)
+    scores = classifier.score(TEXTS)
+    model, tokenizer = BertForSequenceClassification.from_pretrained(name), tiny_tokenizer()
+    for text, score in zip(TEXTS, scores, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert score == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-5)
+    assert len(set(scores.tolist())) == 3
+    assert classifier.score([]).shape == (0,)
+    assert np.isfinite(classifier.score(["very long " * 400, ""])).all()
+    assert np.isfinite(classifier.score([""])).all()
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be loaded as a text classifier"):
+        load_classifier(str(tmp_path / "nothing"))
+    save_classifier(tmp_path / "pickled", ("fine", "toxic"))
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(SettingError, match="cannot be loaded as a text classifier"):
+        load_classifier(str(tmp_path / "pickled"))
+
+
+def test_a_model_without_a_head_for_labels_is_refused(tmp_path: Path) -> None:
+    name = save_classifier(tmp_path / "judge", ("fine", "toxic"))
+    BertForSequenceClassification.from_pretrained(name).base_model.save_pretrained(name)
+    with pytest.raises(SettingError, match="no head for labels"):
+        load_classifier(name)
+
+
+def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    monkeypatch.setattr("secateur.measures.toxicity.find_spec", lambda _: None)
+    assert load_classifier("auto") is None
+    assert load_classifier("none") is None
+    with pytest.raises(SettingError, match=r"pip install 'secateur\[toxicity\]', or use --classifier none"):
+        load_classifier("profanity")
+    with pytest.raises(SettingError, match="no labels to choose from"):
+        load_classifier("none", ("toxic",))
+
+
+def test_the_offline_classifier() -> None:
+    pytest.importorskip("profanity_check", reason="the extra 'toxicity' is not installed")
+    classifier = load_classifier("auto")
+    assert classifier is not None
+    assert classifier.name == "profanity"
+    low, high = classifier.score(["The train was on time.", "You are a stupid idiot."])
+    assert 0 <= low < 0.5 < high <= 1
+    assert classifier.score([]).shape == (0,)
