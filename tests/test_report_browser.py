@@ -34,7 +34,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-STUDIES = ("audit", "repair", "compare", "generalise", "slim")
+STUDIES = ("audit", "repair", "compare", "generalise", "slim", "verify")
 WITH_PICTURES = ("audit", "repair", "compare", "generalise")
 PASSING = 2  # seed of a tiny model: a repair of the small suite finds something
 MOST_BYTES = 6_000_000
@@ -74,6 +74,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     secateur.generalise(model, uses, output=output["generalise"], **settings, **{**search, "random_draws": 1})
     decoding = {"decode_tokens": 4, "decode_runs": 3, "utility_tokens": 600}
     secateur.slim(model, None, suite, output=output["slim"], importance="data", **decoding, **told)
+    secateur.verify(model, output["repair"], suite, output=output["verify"], runs=2, classifier="none")
     return {study: path / "report.html" for study, path in output.items()}
 
 
