@@ -233,6 +233,8 @@ def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
     with pytest.raises(SettingError, match="has changed"):
         changed.held_out(suite, {})
     assert secateur.Plan(plan.mask, {}).held_out(suite, {})[1]["seed"] == 0
+    with pytest.raises(SettingError, match="does not say what suite"):
+        secateur.Plan(plan.mask, {}).held_out(None, {})
 
 
 def test_plans_that_cannot_be_slimmed(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ errors = Console(stderr=True)
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, directory or .gguf file [default: SmolLM2-135M-Instruct].")
 ]
+PlansModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Hub id, directory or .gguf file [default: the plan's].")
+]
 SuiteName = Annotated[str, typer.Option("--suite", "-s", help="A built-in suite's name, or the path of a YAML file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Precision = Annotated[
@@ -374,7 +377,7 @@ def verify(
         str | None,
         typer.Option("--suite", "-s", help="Another suite, or the file of the plan's [default: the plan's]."),
     ] = None,
-    model: Model = None,
+    model: PlansModel = None,
     runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
     temperature: Temperature = 1.0,
     prompts: Annotated[
@@ -412,9 +415,7 @@ def verify(
     asked, chosen = verification_of(loaded_plan, suite, **told)
     _check_output(output, overwrite)
     chosen.check()
-    loaded = _load(
-        model or loaded_plan.record.get("model"), dtype, device, device_map, trust_remote_code, matmul_precision
-    )
+    loaded = _load(_model_of(loaded_plan, model), dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.verify(
         loaded, loaded_plan, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
@@ -480,7 +481,7 @@ def methods() -> None:
 def apply(
     plan: Annotated[Path, typer.Argument(help="A run's directory, or its plan.json.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the checkpoint.")],
-    model: Model = None,
+    model: PlansModel = None,
     dtype: Dtype = "auto",
     matmul_precision: Precision = "highest",
     device: Device = None,
@@ -493,7 +494,7 @@ def apply(
 
     loaded_plan = secateur.load_plan(plan)
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
+    loaded = _load(_model_of(loaded_plan, model), dtype, device, device_map, trust_remote_code, matmul_precision)
     written = secateur.apply(loaded, loaded_plan, output, overwrite=overwrite)
     mask = loaded_plan.mask
     console.print(f"Written: {escape(str(written))} ({mask.summary} {mask.action})")
@@ -517,7 +518,7 @@ def export(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the result to the Hugging Face Hub.")
     ] = None,
-    model: Model = None,
+    model: PlansModel = None,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -536,7 +537,7 @@ def export(
     _check_output(output, overwrite)
     if push_to_hub is not None:
         check_hub(push_to_hub)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code, "highest")
+    loaded = _load(_model_of(loaded_plan, model), dtype, device, device_map, trust_remote_code, "highest")
     written = secateur.export(
         loaded, loaded_plan, output, format=format, overwrite=overwrite, push_to_hub=push_to_hub, **options
     )
@@ -568,7 +569,7 @@ def slim(
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="Whose bias is measured [default: the plan's, or occupations].")
     ] = None,
-    model: Model = None,
+    model: PlansModel = None,
     utility_text: UtilityText = None,
     utility_tokens: UtilityTokens = 6144,
     control_suite: ControlSuite = "control-colour",
@@ -602,7 +603,7 @@ def slim(
         asked, told = loaded_plan.held_out(asked, {**told, "seed": seed})
     secateur.SlimSettings(**told).check()
     _check_output(output, overwrite)
-    loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
+    loaded = _load(_model_of(loaded_plan, model), dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.slim(
         loaded, loaded_plan, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
     )
@@ -666,6 +667,11 @@ def _suite(name: str) -> Any:
     from secateur.suites import load_suite
 
     return load_suite(name)
+
+
+def _model_of(plan: Any, asked: str | None) -> str | None:
+    """The model that is asked for, or else the one that a plan was made for."""
+    return asked or (None if plan is None else plan.record.get("model"))
 
 
 def _load(

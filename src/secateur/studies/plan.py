@@ -74,6 +74,8 @@ class Plan:
         told = self.record.get("settings", {})
         if suite is None:
             name = self.record.get("suite")
+            if name is None:
+                raise SettingError("The plan does not say what suite it was made for; name one (--suite).")
             try:
                 suite = load_suite(name)
             except SuiteError as error:
