@@ -240,6 +240,7 @@ def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
 def test_plans_that_cannot_be_slimmed(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(MaskError, match="another model"):
-        secateur.slim(model, secateur.Plan(Mask.removing(tiny_model("llama", seed=1), [20]), {}), output=tmp_path / "x")
+        other = Mask.removing(tiny_model("llama", seed=1), [20])
+        secateur.slim(model, secateur.Plan(other, {"suite": "occupations"}), output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert isinstance(model, LanguageModel)
