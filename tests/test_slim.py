@@ -239,8 +239,8 @@ def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
 
 def test_plans_that_cannot_be_slimmed(tmp_path: Path) -> None:
     model = tiny_model("llama")
+    plan = secateur.Plan(Mask.removing(tiny_model("llama", seed=1), [20]), {"suite": "occupations"})
     with pytest.raises(MaskError, match="another model"):
-        other = Mask.removing(tiny_model("llama", seed=1), [20])
-        secateur.slim(model, secateur.Plan(other, {"suite": "occupations"}), output=tmp_path / "x")
+        secateur.slim(model, plan, output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert isinstance(model, LanguageModel)
