@@ -395,8 +395,7 @@ class _Study:
     def _cell(self, name: str, source: str, target: Suite, how: Relation, after: Table) -> Cell | None:
         """One cell; None where the source has seen too many of the target's markers."""
         keep = self._unseen(source, target)
-        before = self._before(target)
-        counts = [int(keep[before.groups == group].sum()) for group in range(before.n_groups)]
+        before, counts = self._before(target), self._counts(target, keep)
         if min(counts) < LEAST_TO_JUDGE:
             self.progress.say(f"{source} has seen the markers of {target.name}; the pair is left out")
             return None
@@ -424,6 +423,11 @@ class _Study:
             reduction=spread([one.reduction.value for one in found]),
             change=spread([one.change.value for one in found]),
         )
+
+    def _counts(self, target: Suite, keep: np.ndarray) -> list[int]:
+        """How many of the kept test markers every group has."""
+        groups = self._before(target).groups
+        return [int(keep[groups == group].sum()) for group in range(len(target.groups))]
 
     def _before(self, target: Suite) -> Table:
         return self.parts[target.name].test.evaluate().table
@@ -487,10 +491,17 @@ class _Study:
         for target in self.suites:
             test, mask = self.parts[target.name].test, self.masks.get((name, target.name))
             sources = [one for one in self._sources(name, target) if one[1] in ("joint", "across")]
-            joint = [one for one in sources if one[1] == "joint"]
-            shared = [test.evaluate(other).table for _, _, other in joint or sources]
-            own = None if mask is None else test.evaluate(mask).table
-            uses.append(Use(target.name, self._before(target), own, shared))
+            shared = [one for one in sources if one[1] == "joint"] or sources
+            # All masks of a use are set side by side on the markers that none of their sources has seen.
+            keep = np.all(
+                [self._unseen(source, target) for source, _, _ in shared or [(target.name, "", None)]], axis=0
+            )
+            before = self._before(target).of_markers(keep)
+            if min(self._counts(target, keep)) < LEAST_TO_JUDGE:
+                continue
+            own = None if mask is None else test.evaluate(mask).table.of_markers(keep)
+            found = [test.evaluate(other).table.of_markers(keep) for _, _, other in shared]
+            uses.append(Use(target.name, before, own, found))
         return advise(name, uses, self.settings.seed)
 
     def describe(self) -> dict[str, Any]:
