@@ -493,9 +493,8 @@ class _Study:
             sources = [one for one in self._sources(name, target) if one[1] in ("joint", "across")]
             shared = [one for one in sources if one[1] == "joint"] or sources
             # All masks of a use are set side by side on the markers that none of their sources has seen.
-            keep = np.all(
-                [self._unseen(source, target) for source, _, _ in shared or [(target.name, "", None)]], axis=0
-            )
+            named = [target.name, *(source for source, _, _ in shared)]
+            keep = np.all([self._unseen(source, target) for source in named], axis=0)
             before = self._before(target).of_markers(keep)
             if min(self._counts(target, keep)) < LEAST_TO_JUDGE:
                 continue
