@@ -22,7 +22,7 @@ from secateur.search.combining import RULES, places
 from secateur.studies import generalise as study
 from secateur.studies.advice import Use, advise
 from secateur.studies.generalise import GeneraliseSettings, per_layer, relation
-from secateur.studies.parts import Parts
+from secateur.studies.parts import Parts, spaced
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined
 from secateur.units import UnitSpace
@@ -355,3 +355,20 @@ def test_results_of_another_version(tmp_path: Path, call: Command) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
     assert "another version of Secateur" in call("show", tmp_path / "old").refusal
+
+
+def test_quick_asks_of_a_few_scenarios(tmp_path: Path) -> None:
+    many = document("one")
+    many["scenarios"] = [{**many["scenarios"][0], "id": f"like-{number}"} for number in range(9)]
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    parts = Parts.prepare(model, load_suite(write_suite(tmp_path, many, "one")), GeneraliseSettings(), most_scenarios=3)
+    assert parts.fit.prompts.scenarios == parts.test.prompts.scenarios == [0, 4, 8]
+
+
+@given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)))
+def test_spaced_numbers(total: int, most: int | None) -> None:
+    numbers = spaced(total, most)
+    assert len(set(numbers)) == len(numbers) == (total if most is None else min(most, total))
+    assert numbers == sorted(numbers)
+    assert numbers[0] == 0
+    assert numbers[-1] < total

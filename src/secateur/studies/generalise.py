@@ -35,7 +35,8 @@ PAIRED: tuple[Mode, ...] = ("across", "attributes", "languages")
 ALL_BUT = "all but "
 QUICK_MARKERS = 4
 QUICK_TEST_MARKERS = 6
-QUICK_TOKENS = 1536
+QUICK_TOKENS = 768
+QUICK_SCENARIOS = 6
 SUITES_TO_JOIN = 3
 LEAST_TO_JUDGE = 2  # markers of every group
 
@@ -52,7 +53,7 @@ class GeneraliseSettings(StudySettings):
         on one scenario and judged on it; "within": fitted on all scenarios of a suite but one, and judged on that one.
     random_draws: random masks of a choice's own size that are judged where it was fitted.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
-    quick: few markers and little text: minutes, wider intervals.
+    quick: few markers, six scenarios of every suite and little text: minutes, wider intervals.
     """
 
     methods: tuple[str, ...] = (DEFAULT_METHOD,)
@@ -243,7 +244,8 @@ class _Study:
             parts.measure_unpruned(self.recorder)
 
     def _parts(self, suite: Suite) -> Parts:
-        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster)
+        most = QUICK_SCENARIOS if self.settings.quick else None
+        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster, most)
 
     def fit_all(self, chosen: Method) -> None:
         """Fit a method on every suite and, where that is asked for, on all suites but one."""

@@ -13,7 +13,7 @@ from secateur.scoring.base import UnitKind
 from secateur.search.base import Problem
 from secateur.search.combining import RULES
 from secateur.search.methods import Method
-from secateur.studies.parts import Parts, StudySettings
+from secateur.studies.parts import Parts, StudySettings, spaced
 from secateur.studies.record import Recorder
 from secateur.units import Mask
 
@@ -64,8 +64,7 @@ def leave_one_out(
     """
     run = _Run(parts, chosen, settings, recorder)
     everything = parts.fit.prompts.scenarios
-    count = len(everything) if most is None else min(most, len(everything))
-    judged = [everything[at] for at in np.linspace(0, len(everything) - 1, count).round().astype(int)]
+    judged = [everything[at] for at in spaced(len(everything), most)]
     found = []
     if "specific" in modes:
         found.append(run.judge("specific", "", judged, lambda one: [one], RULES["mean score"]))

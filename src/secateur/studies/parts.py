@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator, Pool
 from secateur.evaluation.store import Store
@@ -122,7 +124,14 @@ class Parts:
         settings: StudySettings,
         store: Store | None = None,
         cluster: Pool | None = None,
+        most_scenarios: int | None = None,
     ) -> Parts:
+        """Deal, fill and tokenise.
+
+        Parameters
+        ----------
+        most_scenarios: so many of the suite's scenarios, evenly spaced; None for all.
+        """
         splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
@@ -145,9 +154,11 @@ class Parts:
             asked = load_suite(settings.control_suite)
             prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
             control = evaluator(folds(prompts, CONTROL_PROMPTS)[0])
-        fit = build_prompts(model, suite, splits.fit, settings.chat)
-        select = build_prompts(model, suite, splits.select, settings.chat)
-        test = build_prompts(model, suite, splits.test, settings.chat)
+        asked_of = spaced(len(suite.scenarios), most_scenarios)
+        fit, select, test = (
+            build_prompts(model, suite, part, settings.chat).of_scenarios(asked_of)
+            for part in (splits.fit, splits.select, splits.test)
+        )
         return cls(
             splits=splits,
             fit=evaluator(fit, text["fit"]),
@@ -185,6 +196,12 @@ class Parts:
             settings.max_perplexity_increase,
             recorder.progress.status,
         )
+
+
+def spaced(total: int, most: int | None) -> list[int]:
+    """At most so many of the numbers below ``total``, evenly spaced, the first and the last among them."""
+    count = total if most is None else min(most, total)
+    return [round(number) for number in np.linspace(0, total - 1, count).tolist()]
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
