@@ -41,6 +41,12 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float | np.ndarray, replicates: np.ndarray) -> Interval:
+        """A figure with the percentile interval of its bootstrap replicates, (replicates,)."""
+        low, high = _percentiles(replicates)
+        return cls(float(value), float(low), float(high))
+
     @property
     def standard_error(self) -> float:
         """Standard error that a symmetric 95 % interval of this width stands for."""
@@ -174,8 +180,7 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Inte
     """
     table = Table(values[None], groups)
     weights = _resamples(table, np.random.default_rng(seed), REPLICATES).sum(axis=1)  # (replicates, markers)
-    low, high = _percentiles(weights @ values / len(values))
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval.of(values.mean(), weights @ values / len(values))
 
 
 def null(table: Table, seed: int = 0, permutations: int = PERMUTATIONS) -> dict[Statistic, np.ndarray]:
@@ -330,8 +335,7 @@ class Comparison:
 
 def interval_of_bias(table: Table, seed: int = 0) -> Interval:
     """B of one state with its interval."""
-    low, high = _percentiles(_root(bootstrap_squares([table], seed)[0]))
-    return Interval(suite_bias(table, seed).corrected, float(low), float(high))
+    return Interval.of(suite_bias(table, seed).corrected, _root(bootstrap_squares([table], seed)[0]))
 
 
 def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
@@ -339,15 +343,11 @@ def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
     roots = _root(bootstrap_squares([before, after], seed))
     point = _root(np.array([corrected_square(before, seed), corrected_square(after, seed)]))
 
-    def interval(value: float | np.ndarray, replicates: np.ndarray) -> Interval:
-        low, high = _percentiles(replicates)
-        return Interval(float(value), float(low), float(high))
-
     return Comparison(
-        before=interval(point[0], roots[0]),
-        after=interval(point[1], roots[1]),
-        reduction=interval(reduction(point[0], point[1]), reduction(roots[0], roots[1])),
-        change=interval(point[1] - point[0], roots[1] - roots[0]),
+        before=Interval.of(point[0], roots[0]),
+        after=Interval.of(point[1], roots[1]),
+        reduction=Interval.of(reduction(point[0], point[1]), reduction(roots[0], roots[1])),
+        change=Interval.of(point[1] - point[0], roots[1] - roots[0]),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from secateur.measures.disparity import LEVEL, REPLICATES, Interval
+from secateur.measures.disparity import REPLICATES, Interval
 from secateur.models import LanguageModel
 from secateur.progress import Advance
 
@@ -30,9 +30,7 @@ class SpeedComparison:
         """Median of the paired ratios after / before, with a 95 % bootstrap interval over runs."""
         ratios = self.after / self.before
         drawn = np.random.default_rng(seed).integers(len(ratios), size=(REPLICATES, len(ratios)))
-        tail = (1 - LEVEL) / 2 * 100
-        low, high = np.percentile(np.median(ratios[drawn], axis=1), [tail, 100 - tail])
-        return Interval(float(np.median(ratios)), float(low), float(high))
+        return Interval.of(np.median(ratios), np.median(ratios[drawn], axis=1))
 
 
 def compare_speed(

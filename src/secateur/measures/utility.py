@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from secateur.errors import DataError
-from secateur.measures.disparity import LEVEL, REPLICATES, Interval
+from secateur.measures.disparity import REPLICATES, Interval
 from secateur.measures.splits import PartName
 from secateur.models import LanguageModel
 from secateur.models.restart import Run, plainly
@@ -220,9 +220,7 @@ def perplexity_increase(before: np.ndarray, after: np.ndarray, text: NeutralText
     difference, scored = after - before, text.scored
     drawn = np.random.default_rng(seed).integers(len(scored), size=(REPLICATES, len(scored)))
     replicates = np.expm1(difference[drawn].sum(axis=1) / scored[drawn].sum(axis=1))
-    tail = (1 - LEVEL) / 2 * 100
-    low, high = np.percentile(replicates, [tail, 100 - tail])
-    return Interval(float(np.expm1(difference.sum() / scored.sum())), float(low), float(high))
+    return Interval.of(np.expm1(difference.sum() / scored.sum()), replicates)
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ def advise(method: str, uses: list[Use], seed: int = 0) -> Advice:
         )
     points = np.array([_reductions(use, seed) for use in judged])  # (uses, 2)
     drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (2, replicates)
-    own, shared = (_interval(points[:, one].mean(), drawn[one]) for one in (0, 1))
-    difference = _interval((points[:, 0] - points[:, 1]).mean(), drawn[0] - drawn[1])
+    own, shared = (Interval.of(points[:, one].mean(), drawn[one]) for one in (0, 1))
+    difference = Interval.of((points[:, 0] - points[:, 1]).mean(), drawn[0] - drawn[1])
     choice, reason = _choose(own, shared, difference)
     figures = (
         f"On {len(judged)} uses with a bias to repair, a repair of their own lowers it by {_percent(own)} on average, "
@@ -103,11 +103,6 @@ def _replicates(use: Use, seed: int) -> np.ndarray:
     """The same under resamples, (2, replicates)."""
     found = np.clip(reduction_replicates(use.before, _tables(use), seed), -1, 1)
     return np.stack([found[0], found[1:].mean(axis=0)])
-
-
-def _interval(value: float, replicates: np.ndarray) -> Interval:
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return Interval(float(value), float(low), float(high))
 
 
 def _percent(interval: Interval) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
-from secateur.measures.disparity import Comparison, Interval, Table, compare, holm, p_value
+from secateur.measures.disparity import Interval, Table, compare, holm, p_value
 from secateur.measures.overlap import overlap
 from secateur.measures.splits import split
 from secateur.models import LanguageModel
@@ -24,6 +24,7 @@ from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Agreement, Cell, Fit, GeneraliseResult, Relation
 from secateur.studies.record import Recorder
+from secateur.studies.verdict import examine
 from secateur.suites import Suite, suite_hash
 from secateur.suites.joining import alike, joined
 from secateur.units import Mask, UnitSpace
@@ -291,26 +292,24 @@ class _Study:
         judged: bool,
     ) -> Fit:
         """A fit with its figures on the test part of the text and, if it is a suite's own, of the suite."""
-        seed, limit = self.settings.seed, self.settings.max_perplexity_increase
         figures: dict[str, Any] = {}
         if mask is not None:
             # A joint source has no use of its own to be judged on: a few prompts carry the text.
             prompts = parts.test.prompts
-            test = parts.test if judged else parts.test.on(prompts.of_scenarios(prompts.scenarios[:1]), parts.test.text)
-            with recorder.step(f"Test: {source}", 2 * test.work(utility=True)) as advance:
-                before = test.evaluate(None, advance, utility=True).table
-                after = test.evaluate(mask, advance, utility=True).table
-            increase = test.perplexity_increase(mask, seed)
+            if not judged:
+                few = prompts.of_scenarios(prompts.scenarios[:1])
+                parts = replace(parts, test=replace(parts.test, prompts=few))
+            found = examine(parts, mask, self.settings.seed, recorder)
             figures = {
                 "heads": mask.heads_removed,
                 "neurons": mask.neurons_removed,
                 "weights": mask.weights_removed,
-                "own": compare(before, after, seed) if judged else None,
-                "control": self._control(parts, mask, recorder),
-                "perplexity_before": test.perplexity(),
-                "perplexity_after": test.perplexity(mask),
-                "perplexity_increase": increase,
-                "over_limit": increase.value > limit,
+                "own": found.comparison if judged else None,
+                "control": found.control,
+                "perplexity_before": found.perplexity_before,
+                "perplexity_after": found.perplexity_after,
+                "perplexity_increase": found.perplexity_increase,
+                "over_limit": found.perplexity_increase.value > self.settings.max_perplexity_increase,
             }
         return Fit(
             method=name,
@@ -322,13 +321,6 @@ class _Study:
             seconds=recorder.seconds,
             **figures,
         )
-
-    def _control(self, parts: Parts, mask: AnyMask, recorder: Recorder) -> Comparison | None:
-        if parts.control is None:
-            return None
-        with recorder.step("Control suite", 2 * parts.control.work()) as advance:
-            before = parts.control.evaluate(None, advance).table
-            return compare(before, parts.control.evaluate(mask, advance).table, self.settings.seed)
 
     def _plan(self, fit: Fit, mask: AnyMask, parts: Parts) -> Plan:
         """The mask with what is known of it, so that it can be exported for its use."""
