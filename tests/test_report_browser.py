@@ -38,6 +38,7 @@ STUDIES = ("audit", "repair", "compare", "generalise", "slim", "verify")
 WITH_PICTURES = ("audit", "repair", "compare", "generalise")
 PASSING = 2  # seed of a tiny model: a repair of the small suite finds something
 MOST_BYTES = 6_000_000
+ALL_DRAWN = "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))"
 ATTACK = """"'></script><script>window.hacked = true</script><img src=x onerror="window.hacked = true">{{ 7 * 7 }}"""
 
 
@@ -85,7 +86,7 @@ class Browser:
         self.driver = driver
 
     def open(self, report: Path, width: int = 1280, scheme: str = "light") -> None:
-        """Load a report afresh, as wide a page and in the scheme that is asked for."""
+        """Load a report afresh, as wide a page and in the scheme that is asked for, and wait for its pictures."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.prefer(scheme)
@@ -93,6 +94,7 @@ class Browser:
         self.driver.get_log("browser")
         self.driver.get_log("performance")
         self.driver.get(report.as_uri())
+        WebDriverWait(self.driver, 30).until(lambda _: self.run(ALL_DRAWN))
 
     def prefer(self, scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -149,8 +151,6 @@ def test_a_report_opens_without_error_or_network_and_fits_its_page(
     assert [address for address in browser.requests if not is_local(address)] == [report.as_uri()]
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert len(browser.all("h1")) == len(browser.all(".verdict")) == len(browser.all("#command")) == 1
-    drawn = browser.run("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))")
-    assert drawn
     assert (len(browser.all(".plot")) > 0) == (study in WITH_PICTURES)
     assert all(figure.get_attribute("aria-label") for figure in browser.all("figure"))
     ready = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
@@ -235,6 +235,24 @@ def test_pictures_fit_a_printed_page_and_grow_back(browser: Browser, reports: di
     assert set(browser.run(widths)) == {640}
     browser.run("window.dispatchEvent(new Event('afterprint'))")
     assert browser.run(widths) == before
+
+
+def test_a_picture_takes_no_more_room_when_it_is_drawn(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["repair"])
+    rooms = "[...document.querySelectorAll('.plot')].map(plot => [plot.clientHeight, parseInt(plot.style.height)])"
+    assert all(drawn == reserved > 0 for drawn, reserved in browser.run(rooms))
+
+
+def test_pictures_that_are_not_drawn_yet_are_printed(browser: Browser, reports: dict[str, Path]) -> None:
+    """A page printed as soon as it is there: its later tasks never run before."""
+    hasty = "new MutationObserver(() => { if (window.Plotly && !window.hasty && document.readyState !== 'loading') {"
+    script = f"{hasty} window.hasty = true; window.dispatchEvent(new Event('beforeprint')); window.drawn = {ALL_DRAWN}"
+    script += " } }).observe(document, {childList: true, subtree: true})"
+    added = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    browser.open(reports["repair"])
+    browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    assert browser.run("window.drawn")
+    assert browser.errors == []
 
 
 def test_the_command_can_be_copied(browser: Browser, reports: dict[str, Path]) -> None:

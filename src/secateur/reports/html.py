@@ -152,8 +152,8 @@ def _digest(script: str) -> str:
 
 
 def _picture(figure: go.Figure) -> Markup:
-    """Where a figure is drawn, and what is drawn, as data."""
-    return Markup('<div class="plot"></div>') + _data(figure.to_json())
+    """Where a figure is drawn, as high as it will be, and what is drawn, as data."""
+    return Markup('<div class="plot" style="height: {}px"></div>').format(figure.layout.height) + _data(figure.to_json())
 
 
 def _drawn(found: Distributions) -> dict[str, Any]:

@@ -3,18 +3,32 @@
 
 const read = (element) => JSON.parse(element.textContent);
 const plots = document.querySelectorAll(".plot");
+const undrawn = new Set(plots);
 
-for (const plot of plots) {
+const draw = (plot) => {
+  if (!undrawn.delete(plot)) return;
   const { data, layout } = read(plot.nextElementSibling);
   Plotly.newPlot(plot, data, layout, { displayModeBar: false, displaylogo: false, responsive: true });
-}
+};
+
+// One figure per task, from the top: the page answers its reader in between.
+const drawNext = () => {
+  const [plot] = undrawn;
+  if (plot) {
+    draw(plot);
+    setTimeout(drawNext);
+  }
+};
+setTimeout(drawNext);
 
 for (const chooser of document.querySelectorAll("select.chooser")) {
   const figure = chooser.closest("figure");
   const states = read(figure.querySelector(".states"));
   chooser.addEventListener("change", () => {
     const { x, title, text } = states[chooser.value];
-    Plotly.update(figure.querySelector(".plot"), { x }, { "xaxis.title.text": title });
+    const plot = figure.querySelector(".plot");
+    draw(plot);
+    Plotly.update(plot, { x }, { "xaxis.title.text": title });
     figure.querySelector("output").textContent = text;
   });
 }
@@ -34,6 +48,9 @@ for (const button of document.querySelectorAll("button.copy")) {
 }
 
 // A printed page is narrower than most screens, and pictures have the width that they were drawn with.
-const draw = (width) => plots.forEach((plot) => Plotly.relayout(plot, width ? { width } : { width: null, autosize: true }));
-window.addEventListener("beforeprint", () => draw(640));
-window.addEventListener("afterprint", () => draw(null));
+const fit = (size) => plots.forEach((plot) => Plotly.relayout(plot, size));
+window.addEventListener("beforeprint", () => {
+  plots.forEach(draw);
+  fit({ width: 640 });
+});
+window.addEventListener("afterprint", () => fit({ width: null, autosize: true }));
