@@ -153,7 +153,9 @@ def _digest(script: str) -> str:
 
 def _picture(figure: go.Figure) -> Markup:
     """Where a figure is drawn, as high as it will be, and what is drawn, as data."""
-    return Markup('<div class="plot" style="height: {}px"></div>').format(figure.layout.height) + _data(figure.to_json())
+    return Markup('<div class="plot" style="height: {}px"></div>').format(figure.layout.height) + _data(
+        figure.to_json()
+    )
 
 
 def _drawn(found: Distributions) -> dict[str, Any]:
