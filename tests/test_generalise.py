@@ -335,6 +335,7 @@ def test_a_scenario_left_out_has_no_say(tmp_path: Path) -> None:
         (("--suites", "hiring-race,lending-race", "--modes", "joint"), "at least 3 suites"),
         (("--suites", "hiring-race,lending-race", "--methods", "attributon"), "did you mean 'attribution'"),
         (("--suites", "hiring-race,lending-race", "--max-test-markers", "1"), "max_test_markers must be at least 2"),
+        (("--suites", "hiring-race,lending-race", "--max-scenarios", "-1"), "max_scenarios must be at least 1"),
         (("--suites", "hiring-race,lending-race", "--set", "rounds=1"), "names no method"),
     ],
 )
@@ -357,12 +358,16 @@ def test_results_of_another_version(tmp_path: Path, call: Command) -> None:
     assert "another version of Secateur" in call("show", tmp_path / "old").refusal
 
 
-def test_quick_asks_of_a_few_scenarios(tmp_path: Path) -> None:
+def test_a_few_scenarios_are_asked_of(tmp_path: Path) -> None:
     many = document("one")
     many["scenarios"] = [{**many["scenarios"][0], "id": f"like-{number}"} for number in range(9)]
     model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
-    parts = Parts.prepare(model, load_suite(write_suite(tmp_path, many, "one")), GeneraliseSettings(), most_scenarios=3)
+    suite = load_suite(write_suite(tmp_path, many, "one"))
+    parts = Parts.prepare(model, suite, GeneraliseSettings(max_scenarios=3))
     assert parts.fit.prompts.scenarios == parts.test.prompts.scenarios == [0, 4, 8]
+    quick = GeneraliseSettings(quick=True).reduced()
+    assert Parts.prepare(model, suite, quick).test.prompts.scenarios == [0, 2, 3, 5, 6, 8]
+    assert GeneraliseSettings(quick=True, max_scenarios=2).reduced().max_scenarios == 2
 
 
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 50)))

@@ -311,6 +311,7 @@ def generalise(
     utility_tokens: UtilityTokens = 6144,
     max_markers: MaxMarkers = 0,
     max_test_markers: Annotated[int, typer.Option(help="Markers per group in test; 0 for all.")] = 0,
+    max_scenarios: Annotated[int, typer.Option(help="Scenarios of every suite, evenly spaced; 0 for all.")] = 0,
     random_draws: Annotated[int, typer.Option(help="Random masks of a choice's size, judged where it was made.")] = 3,
     scenarios_left_out: Annotated[
         int, typer.Option(help="Scenarios of a suite to judge in the modes specific and within; 0 for all.")
@@ -347,6 +348,7 @@ def generalise(
             seed, batch_size, chat,
         ),
         "max_test_markers": max_test_markers or None,
+        "max_scenarios": max_scenarios or None,
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip

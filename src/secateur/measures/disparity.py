@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -331,6 +331,14 @@ class Comparison:
     after: Interval
     reduction: Interval
     change: Interval
+
+    def as_dict(self) -> dict[str, Any]:
+        """What records of runs and plans say."""
+        return {
+            "bias_before": self.before.as_dict(),
+            "bias_after": self.after.as_dict(),
+            "reduction": self.reduction.as_dict(),
+        }
 
 
 def interval_of_bias(table: Table, seed: int = 0) -> Interval:

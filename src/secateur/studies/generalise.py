@@ -88,6 +88,7 @@ class GeneraliseSettings(StudySettings):
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
             max_test_markers=min(self.max_test_markers or QUICK_TEST_MARKERS, QUICK_TEST_MARKERS),
+            max_scenarios=min(self.max_scenarios or QUICK_SCENARIOS, QUICK_SCENARIOS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
             random_draws=min(self.random_draws, 1),
             scenarios_left_out=min(self.scenarios_left_out or 2, 2),
@@ -245,8 +246,7 @@ class _Study:
             parts.measure_unpruned(self.recorder)
 
     def _parts(self, suite: Suite) -> Parts:
-        most = QUICK_SCENARIOS if self.settings.quick else None
-        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster, most)
+        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster)
 
     def fit_all(self, chosen: Method) -> None:
         """Fit a method on every suite and, where that is asked for, on all suites but one."""
@@ -340,11 +340,7 @@ class _Study:
         }
         if fit.own is not None and fit.perplexity_increase is not None:
             own = fit.own
-            record["test"] = {
-                "bias_before": own.before.as_dict(),
-                "bias_after": own.after.as_dict(),
-                "reduction": own.reduction.as_dict(),
-            }
+            record["test"] = own.as_dict()
             record["utility"] = {
                 "perplexity_before": fit.perplexity_before,
                 "perplexity_after": fit.perplexity_after,

@@ -35,6 +35,7 @@ LEAST = {
     "kept_mib": 0,
     "max_markers": 2,
     "max_test_markers": 2,
+    "max_scenarios": 1,
     "utility_tokens": 512,
 }
 
@@ -54,6 +55,7 @@ class StudySettings:
     chat: "auto", "chat" or "plain".
     max_markers: at most so many markers per group in fit and select; None for all.
     max_test_markers: the same for test.
+    max_scenarios: at most so many scenarios of the suite, evenly spaced; None for all.
     utility_text: a text file instead of the built-in neutral corpus.
     utility_tokens: tokens of it per part; None for all.
     control_suite: a non-demographic suite measured before and after; None for none.
@@ -68,6 +70,7 @@ class StudySettings:
     chat: ChatMode = "auto"
     max_markers: int | None = None
     max_test_markers: int | None = None
+    max_scenarios: int | None = None
     utility_text: str | Path | None = None
     utility_tokens: int | None = DEFAULT_UTILITY_TOKENS
     control_suite: str | None = "control-colour"
@@ -124,14 +127,8 @@ class Parts:
         settings: StudySettings,
         store: Store | None = None,
         cluster: Pool | None = None,
-        most_scenarios: int | None = None,
     ) -> Parts:
-        """Deal, fill and tokenise.
-
-        Parameters
-        ----------
-        most_scenarios: so many of the suite's scenarios, evenly spaced; None for all.
-        """
+        """Deal, fill and tokenise."""
         splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
@@ -154,7 +151,7 @@ class Parts:
             asked = load_suite(settings.control_suite)
             prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
             control = evaluator(folds(prompts, CONTROL_PROMPTS)[0])
-        asked_of = spaced(len(suite.scenarios), most_scenarios)
+        asked_of = spaced(len(suite.scenarios), settings.max_scenarios)
         fit, select, test = (
             build_prompts(model, suite, part, settings.chat).of_scenarios(asked_of)
             for part in (splits.fit, splits.select, splits.test)

@@ -150,9 +150,7 @@ class RepairResult:
                 "neurons_total": self.space.n_neurons,
             },
             "test": {
-                "bias_before": self.comparison.before.as_dict(),
-                "bias_after": self.comparison.after.as_dict(),
-                "reduction": self.comparison.reduction.as_dict(),
+                **self.comparison.as_dict(),
                 "random_reduction": self.random_reduction.as_dict(),
                 "random_draws": [draw.reduction.value for draw in self.random],
                 "control_suite": self.control_suite,

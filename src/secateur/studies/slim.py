@@ -174,9 +174,7 @@ class SlimResult:
             "size": {"neurons": self.size.neurons, "kv_heads": self.size.kv_heads},
             "units": {"heads": self.mask.heads_removed, "neurons": self.mask.neurons_removed},
             "test": {
-                "bias_before": self.comparison.before.as_dict(),
-                "bias_after": self.comparison.after.as_dict(),
-                "reduction": self.comparison.reduction.as_dict(),
+                **self.comparison.as_dict(),
                 "control_suite": self.control_suite,
                 "control_change": None if self.control is None else self.control.change.as_dict(),
             },
