@@ -170,7 +170,9 @@ def test_another_seed_does_not_carry_on(tmp_path: Path, output: Path, call: Comm
     partial = output.with_name("run.partial")
     partial.mkdir(parents=True)
     (partial / "partial.json").write_text(json.dumps({"key": {"model": "another"}, "methods": [{"name": "random"}]}))
-    outcome = run(call, tmp_path, output, methods="random")
+    assert "interrupted run with other settings" in run(call, tmp_path, output, methods="random").refusal
+    assert (partial / "partial.json").is_file()
+    outcome = run(call, tmp_path, output, "--overwrite", methods="random")
     assert outcome.status == 0
     assert "Carrying on" not in outcome.out
 

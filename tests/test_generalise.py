@@ -14,17 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import secateur
-from secateur.errors import SuiteError
+from secateur.errors import NumericalError, SuiteError
+from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.disparity import Interval, Table, compare, p_value
 from secateur.measures.overlap import overlap
 from secateur.measures.splits import split
 from secateur.search.combining import RULES, places
 from secateur.studies import generalise as study
 from secateur.studies.advice import Use, advise
-from secateur.studies.generalise import GeneraliseSettings, per_layer, relation
-from secateur.studies.parts import Parts, spaced
+from secateur.studies.generalise import GeneraliseSettings, differences, per_layer, relation
+from secateur.studies.parts import Parts
 from secateur.suites import Suite, load_suite
-from secateur.suites.joining import joined
+from secateur.suites.joining import joined, spaced
 from secateur.units import UnitSpace
 
 PASSING = 2
@@ -132,18 +133,8 @@ def test_an_interrupted_run_carries_on(
 ) -> None:
     run(call, tmp_path, tmp_path / "whole", "--modes", "across,joint", count=3)
     whole = json.loads((tmp_path / "whole" / "generalise.json").read_text())
-    fit = study._Study._fit
-    calls = 0
-
-    def interrupted(self: Any, *arguments: Any, **options: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        fit(self, *arguments, **options)
-
     with monkeypatch.context() as patched:
-        patched.setattr(study._Study, "_fit", interrupted)
+        interrupt_at(patched, 3)
         assert run(call, tmp_path, output, "--modes", "across,joint", count=3).status == 130
     assert "finished: attribution on one, attribution on two" in call("show", output).out
     assert "attribution on two" in call("runs", output.parent).out
@@ -152,6 +143,81 @@ def test_an_interrupted_run_carries_on(
     carried = json.loads((output / "generalise.json").read_text())
     for key in ("cells", "agreements", "layers", "advice"):
         assert carried[key] == whole[key]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> None:
+    """Let a study be interrupted when it comes to a fit."""
+    fit, calls = study._Study._fit, iter(range(1, 100))
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> None:
+        if next(calls) == fit_number:
+            raise KeyboardInterrupt
+        fit(self, *arguments, **options)
+
+    monkeypatch.setattr(study._Study, "_fit", interrupted)
+
+
+def test_mean_ablation_carries_on_with_the_same_random_masks(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(call, tmp_path, tmp_path / "whole", "--ablation", "mean", count=2)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        assert run(call, tmp_path, output, "--ablation", "mean", count=2).status == 130
+    assert "repairs that are there: 1" in run(call, tmp_path, output, "--ablation", "mean", count=2).out
+    whole, carried = (json.loads((path / "generalise.json").read_text()) for path in (tmp_path / "whole", output))
+    assert any(cell["relation"] == "random" for cell in whole["cells"])
+    assert carried["cells"] == whole["cells"]
+
+
+def test_another_command_leaves_an_interrupted_run_alone(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        run(call, tmp_path, output, count=2)
+    assert "interrupted run with other settings" in run(call, tmp_path, output, "--seed", "1", count=2).refusal
+    wrong = ("--methods", "attribution,random", "--set", "random.heads=9999")
+    assert "9,999 of them" in run(call, tmp_path, output, *wrong, count=2).refusal
+    more = run(call, tmp_path, output, "--methods", "attribution,random", "--set", "random.heads=1", count=2)
+    assert (more.status, "repairs that are there: 1" in more.out) == (0, True)
+    methods = {fit["method"] for fit in json.loads((output / "generalise.json").read_text())["fits"]}
+    assert methods == {"attribution", "random"}
+
+
+def test_a_fit_with_other_settings_of_its_method_is_made_again(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        run(call, tmp_path, output, count=2)
+    assert run(call, tmp_path, output, "--set", "attribution.max_heads=2", count=2).status == 0
+    fits = json.loads((output / "generalise.json").read_text())["fits"]
+    assert [fit["settings"]["max_heads"] for fit in fits] == [2, 2]
+
+
+def test_answers_that_are_not_finite_leave_a_pair_out(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, fit = Evaluator.evaluate, study._Study._fit
+
+    def failing(self: Evaluator, mask: Any = None, *rest: Any, **options: Any) -> Any:
+        if (getattr(mask, "fitted_on", None), self.prompts.suite.name) == ("one", "two"):
+            raise NumericalError("The model's output is not finite.")
+        return measure(self, mask, *rest, **options)
+
+    def marking(self: Any, chosen: Any, source: str, *rest: Any, **options: Any) -> None:
+        fit(self, chosen, source, *rest, **options)
+        if (chosen.name, source) in self.masks:
+            object.__setattr__(self.masks[chosen.name, source], "fitted_on", source)
+
+    monkeypatch.setattr(Evaluator, "evaluate", failing)
+    monkeypatch.setattr(study._Study, "_fit", marking)
+    outcome = run(call, tmp_path, output, count=2)
+    assert outcome.status == 0
+    result = json.loads((output / "generalise.json").read_text())
+    assert any("repair for one, answers to two are not finite" in note for note in result["notes"])
+    assert ("one", "two") not in {(cell["source"], cell["target"]) for cell in result["cells"]}
 
 
 def test_markers_that_a_source_has_seen_are_left_out(tmp_path: Path) -> None:
@@ -175,7 +241,7 @@ def test_markers_that_a_source_has_seen_are_left_out(tmp_path: Path) -> None:
 
     def words(suite: Suite, part: str) -> set[str]:
         every = [marker for markers in suite.groups.values() for marker in markers]
-        return {every[number] for number in getattr(split(suite), part).markers}
+        return {every[number] for number in getattr(split(suite, dealing="by text"), part).markers}
 
     for cell in result.cells:
         source, target = (one if name == "one" else two for name in (cell.source, cell.target))
@@ -192,6 +258,9 @@ def test_relations() -> None:
     assert relation(suite, load_suite("lending-race")) == "across"
     assert relation(suite, load_suite("hiring-gender")) == "attributes"
     assert relation(suite, load_suite("hiring-race-es")) == "languages"
+    assert differences(suite, suite) == ()
+    assert differences(suite, load_suite("lending-gender")) == ("attribute", "domain")
+    assert differences(suite, load_suite("hiring-race-es")) == ("language",)
 
 
 def test_joined_suites_are_no_larger_than_one() -> None:
@@ -201,9 +270,13 @@ def test_joined_suites_are_no_larger_than_one() -> None:
     assert suite.groups == others[0].groups
     by_suite = [sum(scenario.id.startswith(one.name) for scenario in suite.scenarios) for one in others]
     assert max(by_suite) - min(by_suite) <= 1
+    assert {scenario.measure.kind for scenario in suite.scenarios} == {"quantity", "preference"}
+    assert [len(joined(others, "x", size).scenarios) for size in (3, 7, 99)] == [3, 7, len(suite.scenarios)]
     assert split(suite, 3).fit.markers == split(others[0], 3).fit.markers  # so that joint fits hold the same ones out
-    with pytest.raises(SuiteError, match="cannot be joined"):
-        joined([others[0], load_suite("hiring-gender")], "x")
+    turned = others[1].model_copy(update={"groups": dict(reversed(others[1].groups.items()))})
+    for other in (load_suite("hiring-gender"), turned):
+        with pytest.raises(SuiteError, match="cannot be joined"):
+            joined([others[0], other], "x")
 
 
 def test_overlap_by_simulation() -> None:
@@ -289,6 +362,30 @@ def test_advice_follows_the_figures(own: float, shared: float, choice: str) -> N
 def test_advice_where_there_is_nothing_to_repair() -> None:
     uses = [Use("use", table(0.0, 1), table(0.0, 2), [table(0.0, 3)])]
     assert advise("attribution", uses).choice == "leave as it is"
+    assert "No use could be judged" in advise("attribution", []).explanation
+
+
+def test_advice_is_not_given_where_no_repair_from_elsewhere_was_judged() -> None:
+    advice = advise("attribution", [Use("use", table(2.0, 1), table(0.1, 1), [])])
+    assert advice.choice == "not decided"
+    assert "bias on the test part of use" in advice.explanation
+
+
+def test_a_repair_per_use_is_only_advised_where_own_repairs_help() -> None:
+    uses = [Use(f"use {n}", table(1.0, n), table(1.0, n + 50), [table(1.6, n)]) for n in range(5)]
+    advice = advise("attribution", uses)
+    assert advice.difference is not None
+    assert advice.difference.low > 0
+    assert advice.choice == "not decided"
+
+
+def test_a_repair_that_is_not_there_leaves_a_use_as_it_is_wherever_it_comes_from() -> None:
+    own = advise("attribution", [Use("use", table(2.0, 1), None, [table(0.1, 1)])])
+    shared = advise("attribution", [Use("use", table(2.0, 1), table(0.1, 1), [None])])
+    assert own.own == shared.shared
+    assert own.own is not None
+    assert own.own.value == 0
+    assert "On one use " in own.explanation
 
 
 def test_p_value_agrees_with_the_interval() -> None:
@@ -353,6 +450,11 @@ def test_a_suite_without_a_part_to_hold_out(tmp_path: Path, output: Path, call: 
 
 
 def test_results_of_another_version(tmp_path: Path, call: Command) -> None:
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
+    listed = call("runs", tmp_path)
+    assert (listed.status, "another version" in " ".join(listed.out.split())) == (0, True)
+
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
     assert "another version of Secateur" in call("show", tmp_path / "old").refusal

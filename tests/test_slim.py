@@ -16,8 +16,10 @@ from tiny import NAMES, all_logits, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.errors import MaskError, SettingError
+from secateur.api import verification_of
+from secateur.errors import MaskError, SettingError, SuiteError
 from secateur.measures.speed import SpeedComparison, compare_speed
+from secateur.measures.splits import NOTHING_SEEN, split
 from secateur.measures.utility import cut
 from secateur.models import LanguageModel
 from secateur.suites import suite_hash
@@ -220,11 +222,12 @@ def test_the_command(tmp_path: Path, call: Command) -> None:
 def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
     model = tiny_model("llama")
     suite = secateur.load_suite("occupations")
-    record = {"suite": "occupations", "settings": {"seed": 3, "utility_text": None, "suite_hash": suite_hash(suite)}}
+    settings_of = {"seed": 3, "utility_text": None, "suite_hash": suite_hash(suite)}
+    record = {"suite": "occupations", "settings": settings_of}
     plan = secateur.Plan(Mask.removing(model, [20]), record)
     found, told = plan.held_out(None, {"seed": None, "width": 0.8})
     assert found == suite
-    assert told == {"seed": 3, "utility_text": None, "width": 0.8}
+    assert told == {"seed": 3, "dealing": "shuffled", "utility_text": None, "width": 0.8}
     with pytest.raises(SettingError, match="made with seed 3; with 0"):
         plan.held_out(None, {"seed": 0})
     with pytest.raises(SettingError, match="name its file"):
@@ -232,9 +235,32 @@ def test_a_plan_is_tested_on_what_it_has_not_seen() -> None:
     changed = secateur.Plan(plan.mask, {"suite": "occupations", "settings": {"suite_hash": "other"}})
     with pytest.raises(SettingError, match="has changed"):
         changed.held_out(suite, {})
+    dealt = secateur.Plan(plan.mask, {"suite": "occupations", "settings": {**settings_of, "dealing": "by text"}})
+    with pytest.raises(SettingError, match="made with dealing by text"):
+        dealt.held_out(None, {"dealing": "shuffled"})
     assert secateur.Plan(plan.mask, {}).held_out(suite, {})[1]["seed"] == 0
     with pytest.raises(SettingError, match="does not say what suite"):
         secateur.Plan(plan.mask, {}).held_out(None, {})
+
+
+def test_another_suite_is_tested_on_what_the_plan_has_not_seen() -> None:
+    """Two built-in suites share names and wordings, and deal them into other parts."""
+    model, race, other = tiny_model("llama"), secateur.load_suite("hiring-race"), secateur.load_suite("lending-race")
+    record = {"suite": race.name, "splits": split(race, 0).describe(race)}
+    plan = secateur.Plan(Mask.removing(model, [20]), record)
+    assert plan.seen(race) == NOTHING_SEEN
+    turned = other.model_copy(update={"groups": dict(reversed(other.groups.items()))})
+    seen = plan.seen(turned)
+    names = [marker for markers in turned.groups.values() for marker in markers]
+    tested = {names[marker] for marker in split(turned, 0).test.markers}
+    kept = {names[marker] for marker in split(turned, 0).without(turned, seen).test.markers}
+    assert tested & seen.markers
+    assert kept == tested - seen.markers
+    asked, told = verification_of(plan, turned, runs=3)
+    assert (asked, told.dealing) == (turned, "shuffled")
+    everything = {**record, "splits": {"fit": {"markers": names}}}
+    with pytest.raises(SuiteError, match="at least 2 new ones are needed"):
+        verification_of(secateur.Plan(plan.mask, everything), turned)
 
 
 def test_plans_that_cannot_be_slimmed(tmp_path: Path) -> None:

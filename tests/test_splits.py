@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from random import Random
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.errors import SuiteError
+from secateur.errors import SettingError, SuiteError
 from secateur.measures.prompts import all_markers
-from secateur.measures.splits import MARKER_SHARES, Part, Splits, split, whole
+from secateur.measures.splits import (
+    MARKER_SHARES,
+    NOTHING_SEEN,
+    Part,
+    Seen,
+    Splits,
+    check_dealing,
+    split,
+    whole,
+)
 from secateur.suites import Suite
 
 MEASURE = {"kind": "preference", "a": [" yes"], "b": [" no"]}
@@ -26,7 +38,7 @@ def make(groups: list[int], paraphrases: list[int]) -> Suite:
                 {
                     "id": f"s{s}",
                     "measure": MEASURE,
-                    "paraphrases": [{"prompt": f"{p} {{marker}}"} for p in range(count)],
+                    "paraphrases": [{"prompt": f"{s}.{p} {{marker}}"} for p in range(count)],
                 }
                 for s, count in enumerate(paraphrases)
             ],
@@ -124,5 +136,70 @@ def test_description_names_markers_and_wordings() -> None:
     assert described["seed"] == 4
     names = [marker for _, marker in all_markers(suite)]
     for name, part in zip(("fit", "select", "test"), parts_of(splits), strict=True):
-        expected = {"markers": [names[m] for m in part.markers], "paraphrases": [list(p) for p in part.paraphrases]}
+        expected = {
+            "markers": [names[m] for m in part.markers],
+            "paraphrases": [list(p) for p in part.paraphrases],
+            "wordings": [suite.scenarios[0].paraphrases[number].text for number in part.paraphrases[0]],
+        }
         assert described[name] == expected
+
+
+@given(suite=SUITES, seed=SEEDS)
+def test_dealing_by_text_divides_as_shuffling_does(suite: Suite, seed: int) -> None:
+    shuffled, dealt = split(suite, seed), split(suite, seed, dealing="by text")
+    for one, other in zip(parts_of(shuffled), parts_of(dealt), strict=True):
+        assert len(one.markers) == len(other.markers)
+        assert [len(numbers) for numbers in one.paraphrases] == [len(numbers) for numbers in other.paraphrases]
+    everything = whole(suite)
+    assert sorted(m for part in parts_of(dealt) for m in part.markers) == list(everything.markers)
+
+
+@given(suite=SUITES, seed=SEEDS, random=st.randoms(use_true_random=False))
+def test_suites_that_share_texts_hold_the_same_ones_out(suite: Suite, seed: int, random: Random) -> None:
+    """Groups and scenarios in another order, markers and wordings too: dealt by text, parts hold the same texts."""
+
+    def turned(texts: list[Any]) -> list[Any]:
+        return random.sample(texts, len(texts))
+
+    groups = {name: turned(suite.groups[name]) for name in turned(list(suite.groups))}
+    scenarios = [one.model_copy(update={"paraphrases": turned(one.paraphrases)}) for one in turned(suite.scenarios)]
+    other = suite.model_copy(update={"groups": groups, "scenarios": scenarios})
+
+    def texts(asked: Suite) -> list[tuple[set[str], set[str]]]:
+        described = split(asked, seed, dealing="by text").describe(asked)
+        return [(set(described[n]["markers"]), set(described[n]["wordings"])) for n in ("fit", "select", "test")]
+
+    assert texts(suite) == texts(other)
+
+
+@given(suite=SUITES, seed=SEEDS, other_seed=SEEDS)
+def test_what_another_study_has_seen_is_left_out(suite: Suite, seed: int, other_seed: int) -> None:
+    theirs = split(suite, other_seed).describe(suite)
+    try:
+        rest = split(suite, seed).without(suite, Seen.of(theirs)).describe(suite)
+    except SuiteError:  # too little is left; see the test below
+        return
+    for part in ("fit", "select"):
+        assert not set(rest["test"]["markers"]) & set(theirs[part]["markers"])
+        assert not set(rest["test"]["wordings"]) & set(theirs[part]["wordings"])
+    assert all(rest["test"]["paraphrases"])
+
+
+def test_too_little_that_another_study_has_not_seen() -> None:
+    suite = make([8, 8], [3])
+    markers = [marker for words in suite.groups.values() for marker in words]
+    with pytest.raises(SuiteError, match="fitted on all but 0 test markers of group 'g0'"):
+        split(suite).without(suite, Seen(markers=frozenset(markers)))
+    wordings = [paraphrase.text for paraphrase in suite.scenarios[0].paraphrases]
+    with pytest.raises(SuiteError, match="fitted on every wording of scenario 's0'"):
+        split(suite).without(suite, Seen(wordings=frozenset(wordings)))
+
+
+def test_nothing_seen_leaves_a_part_as_it_is() -> None:
+    suite = make([8, 8], [3, 5])
+    assert split(suite, 3).without(suite, NOTHING_SEEN) == split(suite, 3)
+
+
+def test_an_unknown_way_of_dealing() -> None:
+    with pytest.raises(SettingError, match="choose one of: shuffled, by text"):
+        check_dealing("by hand")

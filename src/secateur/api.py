@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from secateur.attenuation import Attenuation
+from secateur.errors import OutputError
 from secateur.evaluation.cluster import Cluster, check_address
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
-from secateur.measures.splits import split
+from secateur.measures.splits import NOTHING_SEEN, split
 from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel, load
 from secateur.progress import Progress
@@ -58,6 +59,8 @@ from secateur.weights import AnyMask
 SPARE_BYTES = 50_000_000
 # Settings that change what a run costs and not what it finds: another value may carry on a run.
 EFFORT = ("masks_at_once", "kept_mib", "verification")
+# What a run may be asked for in addition: what is there and was made with the same settings of its method stays.
+METHODS_ASKED = ("methods", "options")
 
 
 def audit(
@@ -154,10 +157,12 @@ def repair(
         with _actors(ray, model, progress) as cluster:
             return repairs.repair(model, suite, chosen, progress=progress, cluster=cluster)
     check_ablation_fits(model, chosen.ablation)
+    repairs.check_method(model, suite, chosen)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes, carry_on=True)
     key = _run_key("repair", model, [suite], chosen)
+    state = _left_by(directory, key)
     with writing(directory, carry_on=True):
-        if _left_by(directory, key) is not None:
+        if state is not None:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
         head = _head(key, model, [suite])
@@ -211,7 +216,7 @@ def verify(
     loaded.mask.check(model)
     directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
     with writing(directory):
-        result = verifications.verify(model, asked, loaded.mask, chosen, progress=progress)
+        result = verifications.verify(model, asked, loaded.mask, chosen, progress=progress, seen=loaded.seen(asked))
         if directory is not None:
             directory.write_json("verify.json", {**result.as_dict(), "run": result.run})
             write_text(directory.staging / "report.html", render_verify(result))
@@ -230,8 +235,13 @@ def verification_of(
     asked, told = plan.held_out(None if suite is None else load_suite(suite), settings)
     told.pop("utility_text")
     told.setdefault("chat", plan.record.get("settings", {}).get("chat", "auto"))
-    split(asked, told["seed"])
+    _check_held_out(plan, asked, told)
     return asked, VerificationSettings(**told)
+
+
+def _check_held_out(plan: Plan, suite: Suite, settings: dict[str, Any]) -> None:
+    """Refuse a suite of which a plan leaves too little unseen."""
+    split(suite, settings["seed"], dealing=settings["dealing"]).without(suite, plan.seen(suite))
 
 
 def localise(
@@ -302,10 +312,11 @@ def compare(
     if output is None:
         with _actors(ray, model, progress) as cluster:
             return comparisons.compare(model, suite, chosen, progress=progress, cluster=cluster)
+    comparisons.check_methods(model, suite, chosen)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
-    key = _run_key("compare", model, [suite], chosen)
+    key = _run_key("compare", model, [suite], chosen, METHODS_ASKED)
+    state = _left_by(directory, key)
     with writing(directory, keep=True):
-        state = _left_by(directory, key)
         done = {} if state is None else {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
         if state is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
@@ -370,15 +381,16 @@ def generalise(
     chosen = GeneraliseSettings(**settings)
     chosen.check()
     generalisations.check_suites(asked, chosen)
+    generalisations.check_methods(model, asked, chosen)
     progress = progress or Progress()
     check_address(ray)
     if output is None:
         with _actors(ray, model, progress) as cluster:
             return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
-    key = _run_key("generalise", model, asked, chosen)
+    key = _run_key("generalise", model, asked, chosen, (*METHODS_ASKED, "modes", "scenarios_left_out"))
+    state = _left_by(directory, key)
     with writing(directory, keep=True):
-        state = _left_by(directory, key)
         done = {} if state is None else {(one["method"], one["source"]): one for one in state["fits"]}
         if state is not None:
             progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
@@ -431,8 +443,15 @@ def _actors(address: str | None, model: LanguageModel, progress: Progress) -> It
         yield cluster
 
 
-def _run_key(study: str, model: LanguageModel, suites: Sequence[Suite], settings: StudySettings) -> dict[str, Any]:
-    """What two runs must have in common for one to carry on the other, as plain data."""
+def _run_key(
+    study: str, model: LanguageModel, suites: Sequence[Suite], settings: StudySettings, besides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What two runs must have in common for one to carry on the other, as plain data.
+
+    Parameters
+    ----------
+    besides: settings in which they may differ, too.
+    """
     control = None if settings.control_suite is None else suite_hash(load_suite(settings.control_suite))
     text = hashlib.sha256("\n\n".join(read_passages(settings.utility_text)).encode()).hexdigest()
     key = {
@@ -443,7 +462,7 @@ def _run_key(study: str, model: LanguageModel, suites: Sequence[Suite], settings
         "suite": [suite_hash(suite) for suite in suites],
         "control": control,
         "text": text,
-        "settings": {name: value for name, value in settings.as_dict().items() if name not in EFFORT},
+        "settings": {name: value for name, value in settings.as_dict().items() if name not in (*EFFORT, *besides)},
     }
     return dict(json.loads(to_json(key)))
 
@@ -455,10 +474,20 @@ def _head(key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]) ->
 
 
 def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an interrupted run with the same key; what any other has left is removed."""
+    """The state of an interrupted run with the same key; None where there is none.
+
+    Raises
+    ------
+    OutputError: there is one with another key, and nobody said that it may be replaced.
+    """
     state = directory.read_json(STATE)
     if isinstance(state, dict) and state.get("key") == key:
         return state
+    if isinstance(state, dict) and not directory.overwrite:
+        raise OutputError(
+            f"'{directory.staging}' holds an interrupted run with other settings: carry it on with 'secateur runs "
+            f"--resume {directory.target}', name another directory, or add --overwrite."
+        )
     directory.clear()
     return None
 
@@ -546,6 +575,7 @@ def slim(
     asked = None if suite is None and loaded is not None else load_suite(suite)
     if loaded is not None:
         asked, settings = loaded.held_out(asked, settings)
+        _check_held_out(loaded, asked, settings)
     suite = load_suite(asked)
     chosen = SlimSettings(**settings)
     chosen.check()
@@ -554,7 +584,8 @@ def slim(
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes)
     with writing(directory):
         checkpoint = directory.staging / "checkpoint"
-        result = slims.slim(model, suite, checkpoint, like(model), start, chosen, progress=progress)
+        seen = NOTHING_SEEN if loaded is None else loaded.seen(suite)
+        result = slims.slim(model, suite, checkpoint, like(model), start, chosen, progress=progress, seen=seen)
         record = {**(loaded.record if loaded else {}), **result.plan_record()}
         name = f"./{directory.target.name}/checkpoint"
         _write_record(model, Plan(result.mask, record), checkpoint, "hf-uniform", name)

@@ -273,7 +273,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
                 else [
                     f"B {cell.before.value:.2f} to {cell.after.value:.2f}",
                     f"{change(cell.reduction.high):+.0f} to {change(cell.reduction.low):+.0f} %",
-                    cell.relation,
+                    ", ".join(cell.differs) or cell.relation,
                 ]
                 for cell in row
             ]
@@ -291,7 +291,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
 
 
 def _cell_label(reduction: float, cell: Cell) -> str:
-    number = f"{0 - 100 * reduction:+.0f}"
+    number = f"{round(-100 * reduction):+d}"
     return f"<b>{number}*</b>" if cell.proven else number if cell.to_repair else f"<i>({number})</i>"
 
 

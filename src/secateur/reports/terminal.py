@@ -285,14 +285,17 @@ def _matrix_table(result: GeneraliseResult, name: str) -> Table:
 
 
 def _cell_text(cell: Cell) -> str:
-    """The change in percent; in bold with a star where it is proven, dim where there was nothing to repair."""
-    text = f"{0 - 100 * cell.reduction.value:+.0f}"
-    return f"[bold]{text}*[/]" if cell.proven else text if cell.to_repair else f"[dim]{text}[/]"
+    """The change in percent; in bold with a star where it is proven, in brackets where no bias was shown before."""
+    text = f"{round(-100 * cell.reduction.value):+d}"
+    return f"[bold]{text}*[/]" if cell.proven else text if cell.to_repair else f"[dim]({text})[/]"
 
 
 def generalise_lines(result: GeneraliseResult) -> list[str]:
     """The lines under the tables."""
-    lines = ["* proven after Holm's correction for all cells; dim: no bias that can be told from chance before."]
+    lines = [
+        "* proven after Holm's correction for all cells, by more than under random masks, within the utility limit; "
+        "in brackets: no bias could be told from chance before."
+    ]
     for fit in result.fits:
         if fit.status != "chosen":
             lines.append(f"{fit.method} on {fit.source}: {fit.status}")

@@ -82,8 +82,8 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings with their values."""
-        return {**self.scorer.model_dump(), **self.search.model_dump()}
+        """All settings with their values, as plain data."""
+        return {**self.scorer.model_dump(mode="json"), **self.search.model_dump(mode="json")}
 
     def quick(self) -> Method:
         """The same for a first look."""

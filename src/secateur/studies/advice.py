@@ -21,14 +21,15 @@ class Use:
 
     Attributes
     ----------
-    before: y on the test part without a mask. own: under the mask that was fitted on the use, None without one.
-    shared: under masks that were fitted elsewhere.
+    before: y on the test part without a mask.
+    own: under the mask that was fitted on the use; None where none may be used, and the use stays as it is.
+    shared: under the masks that were fitted elsewhere, None likewise; empty where none was asked for.
     """
 
     name: str
     before: Table
     own: Table | None
-    shared: list[Table]
+    shared: list[Table | None]
 
 
 @dataclass(frozen=True)
@@ -54,41 +55,55 @@ class Advice:
 def advise(method: str, uses: list[Use], seed: int = 0) -> Advice:
     """Compare own repairs with shared ones on the uses that have a bias to repair.
 
-    A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide. A
-    use without a mask of its own is left as it is, a reduction of 0.
+    A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide.
+    Where there is no mask, own or shared, the use is left as it is: a reduction of 0.
     """
-    judged = [use for use in uses if use.shared and interval_of_bias(use.before, seed).low > 0]
+    biased = [use for use in uses if interval_of_bias(use.before, seed).low > 0]
+    if not biased:
+        return Advice(method, "leave as it is", _nothing_shown(len(uses)))
+    judged = [use for use in biased if use.shared]
     if not judged:
+        names = ", ".join(use.name for use in biased)
         return Advice(
             method,
-            "leave as it is",
-            "On no use can a bias be told from chance on its test part and a repair from elsewhere be judged, so there "
-            "is nothing to choose between.",
+            "not decided",
+            f"There is a bias on the test part of {names}, but no repair from elsewhere was judged there; ask for the "
+            "mode across or joint, with suites of the same attribute.",
         )
     points = np.array([_reductions(use, seed) for use in judged])  # (uses, 2)
     drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (2, replicates)
     own, shared = (Interval.of(points[:, one].mean(), drawn[one]) for one in (0, 1))
     difference = Interval.of((points[:, 0] - points[:, 1]).mean(), drawn[0] - drawn[1])
     choice, reason = _choose(own, shared, difference)
+    where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
-        f"On {len(judged)} uses with a bias to repair, a repair of their own lowers it by {_percent(own)} on average, "
+        f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)} on average, "
         f"one fitted elsewhere by {_percent(shared)}; the difference is {_percent(difference)}."
     )
     return Advice(method, choice, f"{reason} {figures}", own, shared, difference, tuple(use.name for use in judged))
 
 
+def _nothing_shown(uses: int) -> str:
+    if not uses:
+        return "No use could be judged on enough markers that no repair has seen."
+    on = "the one test part" if uses == 1 else f"any of {uses} test parts"
+    return f"No bias can be told from chance on {on}, so there is nothing to repair that could be proven."
+
+
 def _choose(own: Interval, shared: Interval, difference: Interval) -> tuple[Choice, str]:
     if own.high <= 0 and shared.high <= 0:
         return "leave as it is", "Neither lowers the bias."
-    if difference.low > 0:
+    if difference.low > 0 and own.low > 0:
         return "one repair per use", "Repairs do not carry over: make one for every use, as an adapter."
+    if difference.low > 0:
+        return "not decided", "Repairs do not carry over, and those of a use's own are not shown to help, either."
     if difference.high < MARGIN and shared.low > 0:
         return "one repair for all", "Repairs carry over: one for all uses loses little."
     return "not decided", "The figures do not decide; a repair for every use is the safer choice, once it is proven."
 
 
 def _tables(use: Use) -> list[Table]:
-    return [use.before if use.own is None else use.own, *use.shared]
+    return [use.before if table is None else table for table in (use.own, *use.shared)]
 
 
 def _reductions(use: Use, seed: int) -> tuple[float, float]:
@@ -106,4 +121,5 @@ def _replicates(use: Use, seed: int) -> np.ndarray:
 
 
 def _percent(interval: Interval) -> str:
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    value, low, high = (round(100 * number) for number in (interval.value, interval.low, interval.high))
+    return f"{value}% [{low}%, {high}%]"

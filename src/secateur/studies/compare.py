@@ -220,16 +220,15 @@ def compare(
 
     Parameters
     ----------
-    remembered: results of an interrupted run on the same model, suite and settings; not made again.
+    remembered: results of an interrupted run on the same model, suite and settings; not made again where the method's
+        own settings are the same.
     remember: called with every result as soon as it is there.
     store: keeps every measured mask, and those that it has already are not measured again.
     cluster: measures many masks at once, or None.
     """
     settings = (settings or CompareSettings()).reduced()
     settings.check()
-    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.names]
-    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
-    unsuited = _unsuited(methods, model, suite, settings)
+    methods, unsuited = check_methods(model, suite, settings)
     progress = progress or Progress()
     recorder = Recorder(model, progress)
     parts = Parts.prepare(model, suite, settings, store, cluster)
@@ -240,7 +239,7 @@ def compare(
     for number, chosen in enumerate(methods, start=1):
         progress.say(f"Method {number} of {len(methods)}: {chosen.name}")
         known = (remembered or {}).get(chosen.name, unsuited.get(chosen.name))
-        if known is None:
+        if known is None or known.settings != chosen.settings:
             known = _run(parts, replace(shared, scores=None), chosen, settings, progress)
             remember(known)
         found.append(known)
@@ -261,10 +260,17 @@ def compare(
     )
 
 
-def _unsuited(
-    methods: list[Method], model: LanguageModel, suite: Suite, settings: CompareSettings
-) -> dict[str, MethodResult]:
-    """The methods that cannot work on the model or the suite, with the reason; refused where they were asked for."""
+def check_methods(
+    model: LanguageModel, suite: Suite, settings: CompareSettings
+) -> tuple[list[Method], dict[str, MethodResult]]:
+    """The methods, and results of those that cannot work on the model or the suite, with the reason.
+
+    Raises
+    ------
+    SettingError: one of these was asked for by name.
+    """
+    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.names]
+    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
     unsuited = {}
     for chosen in methods:
         try:
@@ -275,7 +281,7 @@ def _unsuited(
             unsuited[chosen.name] = MethodResult(
                 chosen.name, chosen.settings, "does not apply", [], 0, 0, 0, 0.0, notes=[str(error)]
             )
-    return unsuited
+    return methods, unsuited
 
 
 def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettings, progress: Progress) -> MethodResult:

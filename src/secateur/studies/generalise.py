@@ -8,18 +8,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from secateur.attenuation import Attenuation
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Interval, Table, compare, holm, p_value
 from secateur.measures.overlap import overlap
-from secateur.measures.splits import split
+from secateur.measures.splits import Dealing, Seen, split
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.search.methods import DEFAULT_METHOD, Method, method
 from secateur.studies.advice import Advice, Use, advise
 from secateur.studies.candidates import Candidates
-from secateur.studies.leave_one_out import LeftOut, leave_one_out
+from secateur.studies.leave_one_out import LeftOut, leave_one_out, with_holm
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Agreement, Cell, Fit, GeneraliseResult, Relation
@@ -27,7 +28,7 @@ from secateur.studies.record import Recorder
 from secateur.studies.verdict import examine
 from secateur.suites import Suite, suite_hash
 from secateur.suites.joining import alike, joined
-from secateur.units import Mask, UnitSpace
+from secateur.units import ActivationMeans, Mask, UnitSpace
 from secateur.weights import AnyMask, WeightMask
 
 Mode = Literal["across", "attributes", "languages", "joint", "specific", "within"]
@@ -39,7 +40,7 @@ QUICK_TEST_MARKERS = 6
 QUICK_TOKENS = 768
 QUICK_SCENARIOS = 6
 SUITES_TO_JOIN = 3
-LEAST_TO_JUDGE = 2  # markers of every group
+LEAST_TO_JUDGE = 5  # markers of every group, unless the whole test part has fewer
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class GeneraliseSettings(StudySettings):
         on one scenario and judged on it; "within": fitted on all scenarios of a suite but one, and judged on that one.
     random_draws: random masks of a choice's own size that are judged where it was fitted.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
+    dealing: "by text", so that suites which share markers and wordings hold the same ones out.
     quick: few markers, six scenarios of every suite and little text: minutes, wider intervals.
     """
 
+    dealing: Dealing = "by text"
     methods: tuple[str, ...] = (DEFAULT_METHOD,)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     modes: tuple[Mode, ...] = PAIRED
@@ -114,7 +117,7 @@ def check_suites(suites: Sequence[Suite], settings: GeneraliseSettings) -> None:
         if names.count(name) > 1:
             raise SettingError(f"Suite '{name}' is named twice.")
     for suite in suites:
-        split(suite, settings.seed)
+        split(suite, settings.seed, dealing=settings.dealing)
     kinds = {relation(one, other) for one in suites for other in suites if one is not other}
     wanted = set(settings.modes)
     if not wanted & kinds and not wanted - set(PAIRED):
@@ -125,13 +128,33 @@ def check_suites(suites: Sequence[Suite], settings: GeneraliseSettings) -> None:
         raise SettingError(f"The mode 'joint' needs at least {SUITES_TO_JOIN} suites with the same groups.")
 
 
+def check_methods(model: LanguageModel, suites: Sequence[Suite], settings: GeneraliseSettings) -> list[Method]:
+    """The methods of a study.
+
+    Raises
+    ------
+    SettingError: one of them cannot work on the model or a suite.
+    """
+    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.methods]
+    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
+    for chosen in methods:
+        for suite in suites:
+            chosen.check(model, suite, settings.ablation)
+    return methods
+
+
 def relation(source: Suite, target: Suite) -> Relation:
-    """What a target differs in from a source."""
+    """The mode that a pair belongs to: the first of language and attribute that differs, else the domain."""
     if source.name == target.name:
         return "own"
     if source.language != target.language:
         return "languages"
     return "attributes" if source.attribute != target.attribute else "across"
+
+
+def differences(source: Suite, target: Suite) -> tuple[str, ...]:
+    """All that a target differs in from a source."""
+    return tuple(name for name in ("language", "attribute", "domain") if getattr(source, name) != getattr(target, name))
 
 
 def joint_families(suites: Sequence[Suite]) -> list[list[Suite]]:
@@ -164,25 +187,23 @@ def generalise(
 
     Parameters
     ----------
-    remembered: fits of an interrupted run, by method and source, with their masks; not made again.
+    remembered: fits of an interrupted run, by method and source, with their masks; not made again where the method's
+        settings are the same.
     remember: called with every fit, and its plan, as soon as it is there.
     store: keeps every measured mask. cluster: measures many masks at once, or None.
     """
     settings = (settings or GeneraliseSettings()).reduced()
     settings.check()
     check_suites(suites, settings)
-    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.methods]
-    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
-    for chosen in methods:
-        for suite in suites:
-            chosen.check(model, suite, settings.ablation)
+    methods = check_methods(model, suites, settings)
     study = _Study(model, list(suites), settings, progress or Progress(), store, cluster, remembered or {}, remember)
     study.prepare()
     for chosen in methods:
         study.fit_all(chosen)
     cells = _corrected([cell for chosen in methods for cell in study.judge(chosen.name)])
     agreements = _agreements_corrected([one for chosen in methods for one in study.agreements(chosen.name)])
-    left_out = [one for chosen in methods for one in study.leave_out(chosen)]
+    advice = [study.advice(chosen.name) for chosen in methods]
+    left_out = with_holm([one for chosen in methods for one in study.leave_out(chosen)])
     return GeneraliseResult(
         model=model.source,
         suites=list(suites),
@@ -193,8 +214,8 @@ def generalise(
         agreements=agreements,
         layers={chosen.name: study.layers(chosen.name) for chosen in methods},
         left_out=left_out,
-        advice=[study.advice(chosen.name) for chosen in methods],
-        notes=notes(suites, settings),
+        advice=advice,
+        notes=[*notes(suites, settings), *study.notes],
         run=study.describe(),
     )
 
@@ -220,7 +241,14 @@ def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
 
 @dataclass(eq=False)
 class _Study:
-    """The parts of every suite, and what has been chosen on them."""
+    """The parts of every suite, and what has been chosen on them.
+
+    Attributes
+    ----------
+    seen: by source, what it was fitted on and chosen by. means: for mean ablation, the same for all suites.
+    after: y on the test part of a target, by method, source and target.
+    notes: what could not be judged, in sentences.
+    """
 
     model: LanguageModel
     suites: list[Suite]
@@ -232,8 +260,12 @@ class _Study:
     remember: Remember
     recorder: Recorder = field(init=False)
     parts: dict[str, Parts] = field(init=False, default_factory=dict)
+    seen: dict[str, Seen] = field(init=False, default_factory=dict)
+    means: ActivationMeans | None = field(init=False, default=None)
     fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
     masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
+    after: dict[tuple[str, str, str], Table] = field(init=False, default_factory=dict)
+    notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.model, self.progress)
@@ -241,20 +273,23 @@ class _Study:
     def prepare(self) -> None:
         """Measure the unpruned model on every suite."""
         for suite in self.suites:
-            self.parts[suite.name] = self._parts(suite)
+            self.parts[suite.name] = self._parts(suite.name, suite)
+        self.means = self.parts[self.suites[0].name].means(self.settings, self.recorder)
         for parts in self.parts.values():
             parts.measure_unpruned(self.recorder)
 
-    def _parts(self, suite: Suite) -> Parts:
-        return Parts.prepare(self.model, suite, self.settings, self.store, self.cluster)
+    def _parts(self, source: str, suite: Suite) -> Parts:
+        parts = Parts.prepare(self.model, suite, self.settings, self.store, self.cluster)
+        self.seen[source] = Seen.of(parts.splits.describe(suite))
+        return parts
 
     def fit_all(self, chosen: Method) -> None:
         """Fit a method on every suite and, where that is asked for, on all suites but one."""
         for suite in self.suites:
             self._fit(chosen, suite.name, self.parts[suite.name])
         for target, others in self._joint():
-            suite = joined(others, f"all-but-{target.name}")
-            self._fit(chosen, ALL_BUT + target.name, self._parts(suite), judged=False)
+            suite, source = joined(others, f"all-but-{target.name}", self.settings.max_scenarios), ALL_BUT + target.name
+            self._fit(chosen, source, self._parts(source, suite), judged=False)
 
     def _joint(self) -> list[tuple[Suite, list[Suite]]]:
         """Every target of the joint mode with the suites to fit on."""
@@ -266,16 +301,19 @@ class _Study:
     def _fit(self, chosen: Method, source: str, parts: Parts, judged: bool = True) -> None:
         """Choose a mask on one source, and judge it there."""
         key = chosen.name, source
-        if key in self.remembered:
-            self.fits[key], mask = self.remembered[key]
+        known = self.remembered.get(key)
+        if known is not None and known[0].settings == chosen.settings:
+            self.fits[key], mask = known
+            if isinstance(mask, Mask):  # its file holds the means of removed units only, and random masks take others
+                mask = replace(mask, means=self.means)
         else:
             self.progress.say(f"{chosen.name} on {source}")
             recorder = Recorder(self.model, self.progress)
-            problem = parts.problem(self.settings, recorder)
+            problem = parts.problem(self.settings, recorder, self.means)
             candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
             candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
             mask = candidates.choose()
-            fit = self._judged_at_home(chosen.name, source, parts, candidates, mask, recorder, judged)
+            fit = self._judged_at_home(chosen, source, parts, candidates, mask, recorder, judged)
             self.fits[key] = fit
             self.remember(fit, None if mask is None else self._plan(fit, mask, parts))
         if mask is not None:
@@ -283,7 +321,7 @@ class _Study:
 
     def _judged_at_home(
         self,
-        name: str,
+        chosen: Method,
         source: str,
         parts: Parts,
         candidates: Candidates,
@@ -312,8 +350,9 @@ class _Study:
                 "over_limit": found.perplexity_increase.value > self.settings.max_perplexity_increase,
             }
         return Fit(
-            method=name,
+            method=chosen.name,
             source=source,
+            settings=chosen.settings,
             status=candidates.status,
             candidates=candidates.records,
             tokens_forward=recorder.usage.forward,
@@ -354,7 +393,7 @@ class _Study:
         """Every mask of a method on every target that the modes are about."""
         cells = []
         for target in self.suites:
-            pairs = self._sources(name, target)
+            pairs = [(*one, self.masks[name, one[0]]) for one in self._sources(target) if (name, one[0]) in self.masks]
             own = self.masks.get((name, target.name))
             rng = np.random.default_rng(self.settings.seed + 1)
             draws = [] if own is None else [own.random_like(rng) for _ in range(self.settings.random_draws)]
@@ -363,16 +402,22 @@ class _Study:
             what = f"{name} on {target.name}: {len(masks)} masks"
             with self.recorder.step(what, len(masks) * test.work()) as advance:
                 found = list(test.evaluate_each(masks, advance))
-            for (source, how, _), measured in zip(pairs, found, strict=False):
-                if measured is not None:
-                    cell = self._cell(name, source, target, how, measured.table)
-                    cells += [cell] if cell is not None else []
             tables = [measured.table for measured in found[len(pairs) :] if measured is not None]
-            cells += [self._random_cell(name, target, tables)] if tables else []
+            random = self._random_cell(name, target, tables) if tables else None
+            for (source, how, _), measured in zip(pairs, found, strict=False):
+                if measured is None:
+                    self.notes.append(
+                        f"{name}: under the repair for {source}, answers to {target.name} are not finite."
+                    )
+                    continue
+                self.after[name, source, target.name] = measured.table
+                cell = self._cell(name, source, target, how, random)
+                cells += [cell] if cell is not None else []
+            cells += [] if random is None else [random]
         return cells
 
-    def _sources(self, name: str, target: Suite) -> list[tuple[str, Relation, AnyMask]]:
-        """What a target is judged under: source, relation and mask."""
+    def _sources(self, target: Suite) -> list[tuple[str, Relation]]:
+        """The sources whose repairs a target is judged under."""
         asked: list[tuple[str, Relation]] = []
         for suite in self.suites:
             how = relation(suite, target)
@@ -380,18 +425,36 @@ class _Study:
                 asked.append((suite.name, how))
         if any(one.name == target.name for one, _ in self._joint()):
             asked.append((ALL_BUT + target.name, "joint"))
-        return [(source, how, self.masks[name, source]) for source, how in asked if (name, source) in self.masks]
+        return asked
 
-    def _cell(self, name: str, source: str, target: Suite, how: Relation, after: Table) -> Cell | None:
-        """One cell; None where the source has seen too many of the target's markers."""
-        keep = self._unseen(source, target)
-        before, counts = self._before(target), self._counts(target, keep)
-        if min(counts) < LEAST_TO_JUDGE:
-            self.progress.say(f"{source} has seen the markers of {target.name}; the pair is left out")
+    def _cell(self, name: str, source: str, target: Suite, how: Relation, random: Cell | None) -> Cell | None:
+        """One cell; None where the source has seen too much of the target."""
+        rows, keep = self._unseen(source, target)
+        if not self._enough(target, rows, keep):
+            self.notes.append(
+                f"{name}: a repair for {source} has seen too many markers or wordings of {target.name} to be judged "
+                "there; the pair is left out."
+            )
             return None
-        found = compare(before.of_markers(keep), after.of_markers(keep), self.settings.seed)
+        fit = self.fits[name, source]
+        before, after = self._before(target), self.after[name, source, target.name]
+        found = compare(_cut(before, rows, keep), _cut(after, rows, keep), self.settings.seed)
+        home = next((suite for suite in self.suites if suite.name == source), None)
         return Cell(
-            name, source, target.name, how, sum(counts), found.before, found.after, found.reduction, found.change
+            method=name,
+            source=source,
+            target=target.name,
+            relation=how,
+            differs=() if home is None else differences(home, target),
+            markers=int(keep.sum()),
+            scenarios=len(rows),
+            before=found.before,
+            after=found.after,
+            reduction=found.reduction,
+            change=found.change,
+            perplexity_increase=fit.perplexity_increase,
+            over_limit=fit.over_limit,
+            random=None if random is None else random.reduction.high,
         )
 
     def _random_cell(self, name: str, target: Suite, tables: list[Table]) -> Cell:
@@ -407,32 +470,37 @@ class _Study:
             source="random masks",
             target=target.name,
             relation="random",
+            differs=(),
             markers=len(before.groups),
+            scenarios=len(before.y),
             before=found[0].before,
             after=spread([one.after.value for one in found]),
             reduction=spread([one.reduction.value for one in found]),
             change=spread([one.change.value for one in found]),
         )
 
-    def _counts(self, target: Suite, keep: np.ndarray) -> list[int]:
-        """How many of the kept test markers every group has."""
-        groups = self._before(target).groups
-        return [int(keep[groups == group].sum()) for group in range(len(target.groups))]
-
     def _before(self, target: Suite) -> Table:
         return self.parts[target.name].test.evaluate().table
 
-    def _unseen(self, source: str, target: Suite) -> np.ndarray:
-        """Which test markers of a target the source has neither fitted nor chosen by, bool (markers,)."""
-        prompts = self.parts[target.name].test.prompts
+    def _unseen(self, source: str, target: Suite) -> tuple[list[int], np.ndarray]:
+        """What a source has neither fitted nor chosen by: rows of the target's scenarios; bool (markers,)."""
+        prompts, seen = self.parts[target.name].test.prompts, self.seen[source]
         names = [marker for markers in target.groups.values() for marker in markers]
-        seen: set[str] = set()
-        # A joint source has the markers of its family, dealt by the same seed into the same parts.
-        home = self.parts.get(source) or self.parts[source.removeprefix(ALL_BUT)]
-        theirs = [marker for markers in home.select.prompts.suite.groups.values() for marker in markers]
-        for part in (home.splits.fit, home.splits.select):
-            seen |= {theirs[marker] for marker in part.markers}
-        return np.array([names[marker] not in seen for marker in prompts.markers])
+        keep = np.array([source == target.name or names[marker] not in seen.markers for marker in prompts.markers])
+        dealt = self.parts[target.name].splits.test.paraphrases
+        rows = [
+            row
+            for row, number in enumerate(prompts.scenarios)
+            if source == target.name
+            or not seen.wordings & {target.scenarios[number].paraphrases[one].text for one in dealt[number]}
+        ]
+        return rows, keep
+
+    def _enough(self, target: Suite, rows: list[int], keep: np.ndarray) -> bool:
+        """Whether scenarios and markers are left to judge on."""
+        groups = self._before(target).groups
+        each = [(int((keep & (groups == group)).sum()), int((groups == group).sum())) for group in np.unique(groups)]
+        return bool(rows) and all(kept >= min(LEAST_TO_JUDGE, whole) for kept, whole in each)
 
     def agreements(self, name: str) -> list[Agreement]:
         """Every two suites' units side by side; nothing for masks of single weights."""
@@ -467,31 +535,54 @@ class _Study:
         modes = [mode for mode in ("specific", "within") if mode in self.settings.modes]
         if not modes:
             return []
+        if any(isinstance(mask, WeightMask | Attenuation) for key, mask in self.masks.items() if key[0] == chosen.name):
+            asked = " and ".join(modes)
+            self.notes.append(f"{chosen.name}: its repairs do not remove whole units, but the modes {asked} do.")
         return [
             one
             for suite in self.suites
             for one in leave_one_out(
-                self.parts[suite.name], chosen, self.settings, self.recorder, modes, self.settings.scenarios_left_out
+                self.parts[suite.name],
+                chosen,
+                self.settings,
+                self.recorder,
+                modes,
+                self.settings.scenarios_left_out,
+                self.means,
             )
         ]
 
     def advice(self, name: str) -> Advice:
         """One repair for all uses, or one per use."""
-        uses = []
-        for target in self.suites:
-            test, mask = self.parts[target.name].test, self.masks.get((name, target.name))
-            sources = [one for one in self._sources(name, target) if one[1] in ("joint", "across")]
-            shared = [one for one in sources if one[1] == "joint"] or sources
-            # All masks of a use are set side by side on the markers that none of their sources has seen.
-            named = [target.name, *(source for source, _, _ in shared)]
-            keep = np.all([self._unseen(source, target) for source in named], axis=0)
-            before = self._before(target).of_markers(keep)
-            if min(self._counts(target, keep)) < LEAST_TO_JUDGE:
-                continue
-            own = None if mask is None else test.evaluate(mask).table.of_markers(keep)
-            found = [test.evaluate(other).table.of_markers(keep) for _, _, other in shared]
-            uses.append(Use(target.name, before, own, found))
-        return advise(name, uses, self.settings.seed)
+        uses = {target.name: self._use(name, target) for target in self.suites}
+        left_out = [target for target, use in uses.items() if use is None]
+        if left_out:
+            self.notes.append(
+                f"{name}: not in the advice, for want of markers and wordings that no repair has seen: "
+                f"{', '.join(left_out)}."
+            )
+        return advise(name, [use for use in uses.values() if use is not None], self.settings.seed)
+
+    def _use(self, name: str, target: Suite) -> Use | None:
+        """A suite with its own and shared repairs, side by side on what none has seen; None where that is too little.
+
+        A repair that breaks the utility limit, or under which answers are not finite, is none.
+        """
+        sources = [one for one in self._sources(target) if one[1] in ("joint", "across")]
+        shared = [source for source, how in sources if how == "joint"] or [source for source, _ in sources]
+        unseen = [self._unseen(source, target) for source in (target.name, *shared)]
+        rows = sorted(set.intersection(*(set(rows) for rows, _ in unseen)))
+        keep = np.all([keep for _, keep in unseen], axis=0)
+        if not self._enough(target, rows, keep):
+            return None
+
+        def under(source: str) -> Table | None:
+            after = self.after.get((name, source, target.name))
+            usable = after is not None and not self.fits[name, source].over_limit
+            return _cut(after, rows, keep) if after is not None and usable else None
+
+        before = _cut(self._before(target), rows, keep)
+        return Use(target.name, before, under(target.name), [under(source) for source in shared])
 
     def describe(self) -> dict[str, Any]:
         """The record of the run; what finished before an interruption belongs to the cost, too."""
@@ -502,6 +593,11 @@ class _Study:
         for name in ("tokens_forward", "tokens_backward", "seconds"):
             run[name] += sum(getattr(fit, name) for fit in before)
         return {**run, "suite_hashes": suites}
+
+
+def _cut(table: Table, rows: list[int], keep: np.ndarray) -> Table:
+    """Some scenarios and markers of a table."""
+    return table.of_scenarios(rows).of_markers(keep)
 
 
 def per_layer(space: UnitSpace, units: np.ndarray) -> list[int]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.disparity import Comparison, Table, compare, corrected_choice, p_value
+from secateur.measures.disparity import Comparison, Table, compare, corrected_choice, holm, p_value
 from secateur.scoring.base import UnitKind
 from secateur.search.base import Problem
 from secateur.search.combining import RULES
 from secateur.search.methods import Method
-from secateur.studies.parts import Parts, StudySettings, spaced
+from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
-from secateur.units import Mask
+from secateur.suites.joining import spaced
+from secateur.units import ActivationMeans, Mask
 
 # Shares of a kind's units that are tried, the largest first; on a model of 46,080 neurons these are 128, 32 and 8.
 SHARES: dict[UnitKind, tuple[float, ...]] = {"neurons": (0.0028, 0.0007, 0.0002), "heads": (0.015, 0.0075, 0.0037)}
@@ -29,8 +31,10 @@ class LeftOut:
     ----------
     mode: "specific": fitted on the scenario; "within": on all the others of the suite.
     rule: how the scores of several scenarios were combined; empty for one.
-    scenarios: those that were judged. units: removed for each; 0 where no count lowered the bias within the limit.
-    comparison: B over these scenarios, each under its own mask. p: of no change.
+    scenarios: those that were judged; not one on which the model gives no finite answers.
+    units: removed for each; 0 where no count lowered the bias within the limit.
+    comparison: B over these scenarios, each under its own mask.
+    p_holm: of no change; corrected for all such figures of a run by :func:`with_holm`.
     """
 
     method: str
@@ -40,7 +44,13 @@ class LeftOut:
     scenarios: list[str]
     units: list[int]
     comparison: Comparison
-    p: float
+    p_holm: float
+
+
+def with_holm(found: Sequence[LeftOut]) -> list[LeftOut]:
+    """The same with p-values corrected for all of them."""
+    adjusted = holm(np.array([one.p_holm for one in found]))
+    return [replace(one, p_holm=float(p)) for one, p in zip(found, adjusted, strict=True)]
 
 
 def leave_one_out(
@@ -50,6 +60,7 @@ def leave_one_out(
     recorder: Recorder,
     modes: Sequence[str],
     most: int | None = None,
+    means: ActivationMeans | None = None,
 ) -> list[LeftOut]:
     """Judge a method's scores scenario by scenario.
 
@@ -61,8 +72,9 @@ def leave_one_out(
     Parameters
     ----------
     most: judge so many scenarios, evenly spaced; None for all.
+    means: for mean ablation, if they are known.
     """
-    run = _Run(parts, chosen, settings, recorder)
+    run = _Run(parts, chosen, settings, recorder, means)
     everything = parts.fit.prompts.scenarios
     judged = [everything[at] for at in spaced(len(everything), most)]
     found = []
@@ -73,16 +85,18 @@ def leave_one_out(
             found.append(
                 run.judge("within", rule, judged, lambda one: [other for other in everything if other != one], combine)
             )
-    return found
+    return [one for one in found if one is not None]
 
 
 class _Run:
     """The scores of every scenario, and what is made of them."""
 
-    def __init__(self, parts: Parts, chosen: Method, settings: StudySettings, recorder: Recorder) -> None:
+    def __init__(
+        self, parts: Parts, chosen: Method, settings: StudySettings, recorder: Recorder, means: ActivationMeans | None
+    ) -> None:
         self.parts, self.chosen, self.settings, self.recorder = parts, chosen, settings, recorder
         self.kind: UnitKind = "neurons" if "neurons" in chosen.scorer.kinds else "heads"
-        self.problem = parts.problem(settings, recorder)
+        self.problem = parts.problem(settings, recorder, means)
         fit, space = parts.fit, self.problem.space
         self.numbers = fit.prompts.scenarios
         self.start, total = (0, space.n_heads) if self.kind == "heads" else (space.n_heads, space.n_neurons)
@@ -112,23 +126,28 @@ class _Run:
         judged: list[int],
         fitted: Callable[[int], list[int]],
         combine: Callable[[np.ndarray, int], np.ndarray],
-    ) -> LeftOut:
+    ) -> LeftOut | None:
         """Choose a mask for every scenario from others, and put the scenarios' test rows together."""
-        befores, afters, units = [], [], []
+        befores, afters, units, names = [], [], [], []
+        suite = self.parts.select.prompts.suite
         what = f"{self.chosen.name}, {mode} {rule}".strip()
-        with self.recorder.step(f"{what}: {self.parts.select.prompts.suite.name}", len(judged)) as advance:
+        with self.recorder.step(f"{what}: {suite.name}", len(judged)) as advance:
             for scenario in judged:
                 mask = self._choose(fitted(scenario), combine)
                 test = self._of(self.parts.test, scenario)
-                befores.append(test.evaluate(None).table)
-                afters.append(befores[-1] if mask is None else test.evaluate(mask).table)
-                units.append(0 if mask is None else mask.heads_removed + mask.neurons_removed)
+                before = test.evaluate(None).table
+                after = before if mask is None else _measured(test, mask)
                 advance(1)
+                if after is None:
+                    continue
+                befores.append(before)
+                afters.append(after)
+                units.append(0 if mask is None else mask.heads_removed + mask.neurons_removed)
+                names.append(suite.scenarios[scenario].id)
+        if not names:
+            return None
         comparison = compare(_stacked(befores), _stacked(afters), self.settings.seed)
-        suite = self.parts.select.prompts.suite
-        names = [suite.scenarios[number].id for number in judged]
-        p = p_value(comparison.change)
-        return LeftOut(self.chosen.name, suite.name, mode, rule, names, units, comparison, p)
+        return LeftOut(self.chosen.name, suite.name, mode, rule, names, units, comparison, p_value(comparison.change))
 
     def _choose(self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]) -> Mask | None:
         """The largest mask that lowers the bias on the select part of some scenarios within the limit."""
@@ -143,12 +162,22 @@ class _Run:
             if not len(removed):
                 continue
             mask = self.problem.mask(removed)
-            self.reader.evaluate(mask, utility=True)
+            if _measured(self.reader, mask, utility=True) is None:
+                continue
             increase = self.reader.perplexity_increase(mask, seed)
             if increase.value + increase.standard_error > limit:
                 continue
-            if corrected_choice(asked.evaluate(mask).table.of_scenarios(rows), seed) < before:
+            after = _measured(asked, mask)
+            if after is not None and corrected_choice(after.of_scenarios(rows), seed) < before:
                 return mask
+        return None
+
+
+def _measured(part: Evaluator, mask: Mask, *, utility: bool = False) -> Table | None:
+    """Answers under a mask; None where they are not finite."""
+    try:
+        return part.evaluate(mask, utility=utility).table
+    except NumericalError:
         return None
 
 

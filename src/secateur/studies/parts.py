@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator, Pool
 from secateur.evaluation.store import Store
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode, PromptSet, build_prompts, check_chat
-from secateur.measures.splits import Splits, split
+from secateur.measures.splits import NOTHING_SEEN, Dealing, Seen, Splits, check_dealing, split
 from secateur.measures.utility import (
     DEFAULT_UTILITY_TOKENS,
     NeutralText,
@@ -25,7 +23,8 @@ from secateur.models import LanguageModel
 from secateur.search.base import Problem
 from secateur.studies.record import Recorder
 from secateur.suites import Suite, load_suite
-from secateur.units import check_ablation
+from secateur.suites.joining import spaced
+from secateur.units import ActivationMeans, check_ablation
 
 FOLD_PROMPTS = 256
 CONTROL_PROMPTS = 96
@@ -49,6 +48,7 @@ class StudySettings:
     max_perplexity_increase: the utility limit, 0.02 for +2 %.
     ablation: what a removed unit gives: "zero" or its "mean" over neutral text.
     seed: of splits, random masks, permutations and bootstrap.
+    dealing: of markers and wordings into parts: "shuffled", or "by text", alike in all suites that share them.
     batch_size: prompts in one forward pass.
     masks_at_once: masks in one forward pass where many are measured, each with its own rows.
     kept_mib: MiB of hidden states that a search may keep, to begin the next mask where it differs; 0 for none.
@@ -64,6 +64,7 @@ class StudySettings:
     max_perplexity_increase: float = 0.02
     ablation: str = "zero"
     seed: int = 0
+    dealing: Dealing = "shuffled"
     batch_size: int = DEFAULT_BATCH_SIZE
     masks_at_once: int = 1
     kept_mib: int = 1024
@@ -85,6 +86,7 @@ class StudySettings:
         """
         check_ablation(self.ablation)
         check_chat(self.chat)
+        check_dealing(self.dealing)
         read_passages(self.utility_text)
         if self.control_suite is not None:
             load_suite(self.control_suite)
@@ -127,9 +129,16 @@ class Parts:
         settings: StudySettings,
         store: Store | None = None,
         cluster: Pool | None = None,
+        seen: Seen = NOTHING_SEEN,
     ) -> Parts:
-        """Deal, fill and tokenise."""
-        splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers)
+        """Deal, fill and tokenise.
+
+        Parameters
+        ----------
+        seen: texts that the test part may not hold, if another study has seen them.
+        """
+        splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers, settings.dealing)
+        splits = splits.without(suite, seen)
         passages = read_passages(settings.utility_text)
         text = split_text(model, passages, settings.seed, max_tokens=settings.utility_tokens)
 
@@ -176,29 +185,26 @@ class Parts:
             if self.control is not None:
                 self.control.evaluate(None, advance)
 
-    def problem(self, settings: StudySettings, recorder: Recorder) -> Problem:
-        """What a search is given: the fit part and, for mean ablation, the means of its text."""
-        model, text = self.select.model, self.fit.text
-        means = None
-        if settings.ablation == "mean":
-            assert text is not None
-            with recorder.step("Mean activations", len(text.windows)) as advance:
-                means = activation_means(model, text, advance)
+    def means(self, settings: StudySettings, recorder: Recorder) -> ActivationMeans | None:
+        """For mean ablation, the mean activations over the fit part of the text, which are the same for all suites."""
+        text = self.fit.text
+        if settings.ablation != "mean":
+            return None
+        assert text is not None
+        with recorder.step("Mean activations", len(text.windows)) as advance:
+            return activation_means(self.fit.model, text, advance)
+
+    def problem(self, settings: StudySettings, recorder: Recorder, means: ActivationMeans | None = None) -> Problem:
+        """What a search is given: the fit part and, for mean ablation, the means of its text, if they are not known."""
         return Problem(
-            model,
+            self.fit.model,
             self.fit,
             self.folds,
             recorder.step,
-            means,
+            means or self.means(settings, recorder),
             settings.max_perplexity_increase,
             recorder.progress.status,
         )
-
-
-def spaced(total: int, most: int | None) -> list[int]:
-    """At most so many of the numbers below ``total``, evenly spaced, the first and the last among them."""
-    count = total if most is None else min(most, total)
-    return [round(number) for number in np.linspace(0, total - 1, count).tolist()]
 
 
 def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:

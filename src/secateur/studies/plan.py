@@ -11,6 +11,7 @@ from typing import Any
 from secateur.attenuation import Attenuation
 from secateur.errors import MaskError, SettingError, SuiteError
 from secateur.files import to_json, write_text
+from secateur.measures.splits import Seen
 from secateur.models import LanguageModel
 from secateur.suites import Suite, load_suite, suite_hash
 from secateur.weights import AnyMask, WeightMask, load_mask
@@ -59,13 +60,20 @@ class Plan:
         }
         write_text(directory / PLAN_FILE, to_json(content))
 
+    def seen(self, suite: Suite) -> Seen:
+        """The markers and wordings to leave out of a suite's test part, as far as the plan's record says.
+
+        None of its own suite: there :meth:`held_out` keeps test apart.
+        """
+        return Seen() if suite.name == self.record.get("suite") else Seen.of(self.record.get("splits", {}))
+
     def held_out(self, suite: Suite | None, settings: dict[str, Any]) -> tuple[Suite, dict[str, Any]]:
-        """Suite and settings under which the test parts are those that the plan has not seen.
+        """Suite and settings under which the test parts of suite and text are those that the plan has not seen.
 
         Parameters
         ----------
-        suite: another than the plan's, or None for it.
-        settings: of a study; a seed or utility text that is None or missing becomes the plan's.
+        suite: another than the plan's, or None for it. Of another, what the plan has :meth:`seen` is to be left out.
+        settings: of a study; a seed, dealing or utility text that is None or missing becomes the plan's.
 
         Raises
         ------
@@ -83,7 +91,7 @@ class Plan:
                     f"The plan's suite '{name}' is not a built-in one; name its file (--suite)."
                 ) from error
         chosen = dict(settings)
-        for key in ("seed", "utility_text"):
+        for key in ("seed", "dealing", "utility_text"):
             own = told.get(key)
             if chosen.get(key) is None:
                 chosen[key] = own
@@ -94,7 +102,7 @@ class Plan:
                 )
         if suite.name == self.record.get("suite") and told.get("suite_hash", suite_hash(suite)) != suite_hash(suite):
             raise SettingError(f"The suite '{suite.name}' has changed since the plan was made.")
-        return suite, {**chosen, "seed": chosen["seed"] or 0}
+        return suite, {**chosen, "seed": chosen["seed"] or 0, "dealing": chosen["dealing"] or "shuffled"}
 
 
 def _removed(mask: AnyMask) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,8 @@ from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
 from secateur.suites import Suite
 
-GENERALISE_FORMAT = "secateur-generalise-1"
+GENERALISE_FORMAT = "secateur-generalise-2"
+ALPHA = 0.05
 Relation = Literal["own", "across", "attributes", "languages", "joint", "random"]
 
 
@@ -31,6 +32,7 @@ class Fit:
     control: bias on the control suite.
     perplexity_before, perplexity_after, perplexity_increase: on the test part of the text.
     over_limit: whether the choice breaks the utility limit there.
+    settings: of the method.
     candidates: every mask that was measured on select.
     """
 
@@ -38,6 +40,7 @@ class Fit:
     source: str
     status: Status
     candidates: list[CandidateRecord]
+    settings: dict[str, Any] = field(default_factory=dict)
     heads: int = 0
     neurons: int = 0
     weights: int = 0
@@ -74,9 +77,14 @@ class Cell:
 
     Attributes
     ----------
-    relation: what the target differs in from the source; "random": random masks of the size of the target's own.
-    markers: of the target, without those that the source has fitted or chosen by.
+    relation: of the target to the source; "random": random masks of the size of the target's own.
+    differs: what the target differs in from the source, of language, attribute and domain.
+    markers: of the target, without those that the source has fitted or chosen by. scenarios: likewise, without those
+        whose wordings it has.
     before, after, reduction, change: of B.
+    perplexity_increase: under the mask, on the test part of the text; None for random masks.
+    over_limit: whether that breaks the utility limit.
+    random: the largest reduction by the random masks that were judged on the target; None where none were.
     p_holm: of no change, corrected for all cells.
     """
 
@@ -84,11 +92,16 @@ class Cell:
     source: str
     target: str
     relation: Relation
+    differs: tuple[str, ...]
     markers: int
+    scenarios: int
     before: Interval
     after: Interval
     reduction: Interval
     change: Interval
+    perplexity_increase: Interval | None = None
+    over_limit: bool = False
+    random: float | None = None
     p_holm: float = 1.0
 
     @property
@@ -98,8 +111,11 @@ class Cell:
 
     @property
     def proven(self) -> bool:
-        """Whether there was a bias and it fell, all cells taken into account."""
-        return self.to_repair and self.change.value < 0 and self.p_holm < 0.05
+        """Whether there was a bias, it fell, all cells taken into account, by more than under random masks, and
+        perplexity kept to the limit."""
+        beats_random = self.random is None or self.reduction.value > self.random
+        fell = self.change.value < 0 and self.p_holm < ALPHA
+        return self.to_repair and fell and beats_random and not self.over_limit
 
 
 @dataclass(frozen=True)
@@ -150,11 +166,14 @@ class GeneraliseResult:
         return list(dict.fromkeys(fit.method for fit in self.fits))
 
     def mean_reduction(self, name: str, relation: Relation) -> float | None:
-        """Mean over the cells of one relation, of targets with a bias before; None where there is none."""
+        """Mean over the cells of one relation, of targets with a bias before and with one difference at most.
+
+        None where there is none.
+        """
         values = [
             cell.reduction.value
             for cell in self.cells
-            if cell.method == name and cell.relation == relation and cell.to_repair
+            if cell.method == name and cell.relation == relation and cell.to_repair and len(cell.differs) < 2
         ]
         return float(np.mean(values)) if values else None
 
@@ -179,13 +198,14 @@ class GeneraliseResult:
     def csv(self) -> str:
         """The cells as comma-separated values, one line each."""
         text = io.StringIO()
-        intervals = ("before", "after", "reduction", "change")
-        columns = ["method", "source", "target", "relation", "markers"]
+        intervals = ("before", "after", "reduction", "change", "perplexity_increase")
+        columns = ["method", "source", "target", "relation", "differs", "markers", "scenarios"]
         columns += [f"{name}_{end}" for name in intervals for end in ("value", "low", "high")]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*columns, "p_holm", "proven"])
+        writer.writerow([*columns, "over_limit", "random_reduction", "p_holm", "proven"])
         for cell in self.cells:
-            figures = [getattr(getattr(cell, name), end) for name in intervals for end in ("value", "low", "high")]
-            head = (cell.method, cell.source, cell.target, cell.relation, cell.markers)
-            writer.writerow([*head, *figures, cell.p_holm, cell.proven])
+            figures = [getattr(getattr(cell, name), end, "") for name in intervals for end in ("value", "low", "high")]
+            head = (cell.method, cell.source, cell.target, cell.relation, " ".join(cell.differs))
+            tail = (cell.over_limit, cell.random, cell.p_holm, cell.proven)
+            writer.writerow([*head, cell.markers, cell.scenarios, *figures, *tail])
         return text.getvalue()

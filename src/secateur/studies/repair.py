@@ -15,7 +15,7 @@ from secateur.measures.selection import Selection, selections
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import Scores, notes_of
-from secateur.search.methods import DEFAULT_METHOD, method
+from secateur.search.methods import DEFAULT_METHOD, Method, method
 from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.candidates import CandidateRecord, Candidates, why_nothing
 from secateur.studies.parts import Parts, StudySettings
@@ -170,6 +170,18 @@ class RepairResult:
         }
 
 
+def check_method(model: LanguageModel, suite: Suite, settings: RepairSettings) -> Method:
+    """The method of a repair.
+
+    Raises
+    ------
+    SettingError: it cannot work on the model or the suite.
+    """
+    chosen = method(settings.method, settings.options).seeded(settings.seed)
+    chosen.check(model, suite, settings.ablation)
+    return chosen
+
+
 PartialSink = Callable[[dict[str, Any]], None]
 
 
@@ -201,8 +213,7 @@ def repair(
     """
     settings = settings or RepairSettings()
     settings.check()
-    chosen_method = method(settings.method, settings.options).seeded(settings.seed)
-    chosen_method.check(model, suite, settings.ablation)
+    chosen_method = check_method(model, suite, settings)
     parts = Parts.prepare(model, suite, settings, store, cluster)
     recorder = Recorder(model, progress or Progress())
 
@@ -268,5 +279,6 @@ def _verification(
     """What the model writes before and after, where that was asked for."""
     if settings.verification is None:
         return None
-    chosen = replace(settings.verification, seed=settings.seed, batch_size=settings.batch_size, chat=settings.chat)
+    shared = {name: getattr(settings, name) for name in ("seed", "dealing", "batch_size", "chat")}
+    chosen = replace(settings.verification, **shared)
     return verify(model, suite, mask, chosen, recorder=recorder)

@@ -65,7 +65,11 @@ def read_run(directory: Path) -> Run | None:
         content = _read(directory / name)
         if content is not None:
             suite, model = _suites(content), str(content.get("model", ""))
-            return Run(directory, study, suite, model, True, _summary(study, content))
+            try:
+                summary = _summary(study, content)
+            except (KeyError, TypeError, ValueError):
+                summary = "written by another version of Secateur, or damaged"
+            return Run(directory, study, suite, model, True, summary)
     return None
 
 
@@ -116,7 +120,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _suites(content: dict[str, Any]) -> str:
-    return ", ".join(content["suites"]) if "suites" in content else str(content.get("suite", ""))
+    return ", ".join(map(str, content["suites"])) if "suites" in content else str(content.get("suite", ""))
 
 
 def _summary(study: str, content: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from secateur.evaluation.evaluator import Measurement
 from secateur.measures.disparity import Comparison, Interval, Table
 from secateur.measures.disparity import compare as compare_tables
 from secateur.measures.speed import SpeedComparison, compare_speed, memory_bytes
+from secateur.measures.splits import NOTHING_SEEN, Seen
 from secateur.measures.utility import hidden_states, negative_log_likelihood, perplexity, perplexity_increase
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -220,6 +221,7 @@ def slim(
     settings: SlimSettings | None = None,
     *,
     progress: Progress | None = None,
+    seen: Seen = NOTHING_SEEN,
 ) -> SlimResult:
     """Write a slimmer model to a directory, and measure what is written.
 
@@ -229,18 +231,19 @@ def slim(
     Parameters
     ----------
     load: how to load the checkpoint as the model was. mask: of a plan whose units go first, or None.
+    seen: what a plan for another suite has seen, and the test part leaves out.
     """
     settings = settings or SlimSettings()
     settings.check()
     start = check_plan(model, mask)
     size = target_size(model, settings.width, settings.multiple, settings.kv_heads)
     recorder = Recorder(model, progress or Progress())
-    parts = Parts.prepare(model, suite, settings)
+    parts = Parts.prepare(model, suite, settings, seen=seen)
     chosen, candidates = _choose(model, parts, start, size, settings, recorder)
     write_uniform(model, chosen.mask, directory, settings.multiple, weights=chosen.weights)
     before = _measure(parts, recorder, "before")
     slimmer = load(directory)
-    after = _measure(Parts.prepare(slimmer, suite, settings), recorder, "after")
+    after = _measure(Parts.prepare(slimmer, suite, settings, seen=seen), recorder, "after")
     with recorder.step("Decode in turns", settings.decode_runs + 1) as advance:
         speed = compare_speed(model, slimmer, settings.decode_tokens, settings.decode_runs, advance)
     text = parts.test.text

@@ -28,7 +28,7 @@ from secateur.measures.sampling import (
     quantity_prompts,
     sample_amounts,
 )
-from secateur.measures.splits import MIN_MARKERS, split
+from secateur.measures.splits import MIN_MARKERS, NOTHING_SEEN, Dealing, Seen, check_dealing, split
 from secateur.measures.toxicity import AUTO, EXTRA, Classifier, load_classifier
 from secateur.models import LanguageModel
 from secateur.progress import Progress
@@ -65,6 +65,7 @@ class VerificationSettings:
     worse: float = WORSE
     prompts: str | Path | None = None
     seed: int = 0
+    dealing: Dealing = "shuffled"
     batch_size: int = DEFAULT_BATCH_SIZE
     chat: ChatMode = "auto"
 
@@ -83,6 +84,7 @@ class VerificationSettings:
         if self.batch_size < 1:
             raise SettingError(f"The batch size must be at least 1, not {self.batch_size}.")
         check_chat(self.chat)
+        check_dealing(self.dealing)
         if self.prompts is not None:
             open_prompts("en", self.prompts)
         load_classifier(self.classifier, self.bad_labels)
@@ -262,13 +264,15 @@ def verify(
     *,
     progress: Progress | None = None,
     recorder: Recorder | None = None,
+    seen: Seen = NOTHING_SEEN,
 ) -> Verification:
     """Let a model write before and after a mask, on the test part of a suite.
 
     Parameters
     ----------
-    settings: ``seed`` is that of the study that made the mask, so that test is what it has not seen.
+    settings: ``seed`` and ``dealing`` are those of the study that made the mask, so that test is what it has not seen.
     recorder: of the study that this one belongs to, if any.
+    seen: what a mask that was made for another suite has seen, and what is left out for that.
 
     Raises
     ------
@@ -282,7 +286,7 @@ def verify(
     mask.check(model)
     recorder = recorder or Recorder(model, progress or Progress())
     classifier = load_classifier(settings.classifier, settings.bad_labels)
-    part = split(suite, settings.seed).test
+    part = split(suite, settings.seed, dealing=settings.dealing).without(suite, seen).test
     asked = build_prompts(model, suite, part, settings.chat)
     has_quantities = any(isinstance(scenario.measure, Quantity) for scenario in suite.scenarios)
     amounts = _amounts(model, asked, mask, settings, recorder) if has_quantities else None

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, islice, zip_longest
+
+import numpy as np
 
 from secateur.errors import SuiteError
 from secateur.suites.schema import Scenario, Suite
 
 
-def joined(suites: Sequence[Suite], name: str) -> Suite:
-    """A suite of as many scenarios as the largest of some suites has, dealt in turn from all of them.
+def joined(suites: Sequence[Suite], name: str, size: int | None = None) -> Suite:
+    """A suite of scenarios from all of some suites, from each as many (one more from the first), evenly spaced.
 
-    It is no larger than one of them, so that what is fitted on it differs by the variety of uses alone and not by
-    the amount of data.
+    It is no larger than one of them, so that what is fitted on it differs by the variety of uses and not by the
+    amount of data.
+
+    Parameters
+    ----------
+    size: number of scenarios; None for as many as the largest of the suites has.
 
     Raises
     ------
@@ -26,16 +31,27 @@ def joined(suites: Sequence[Suite], name: str) -> Suite:
                 f"Suites '{first.name}' and '{suite.name}' cannot be joined: they differ in groups, attribute or "
                 "language."
             )
-    size = max(len(suite.scenarios) for suite in suites)
-    dealt = chain.from_iterable(zip_longest(*([_renamed(suite, s) for s in suite.scenarios] for suite in suites)))
-    scenarios = list(islice((scenario for scenario in dealt if scenario is not None), size))
+    most = max(len(suite.scenarios) for suite in suites)
+    share, more = divmod(most if size is None else min(size, most), len(suites))
+    scenarios = [
+        _renamed(suite, suite.scenarios[at])
+        for number, suite in enumerate(suites)
+        for at in spaced(len(suite.scenarios), share + (number < more))
+    ]
     told = {"name": name, "title": "", "description": "", "domain": "", "scenarios": scenarios}
     return first.model_copy(update=told)
 
 
 def alike(one: Suite, other: Suite) -> bool:
-    """Whether two suites ask about the same markers in the same language."""
-    return (one.attribute, one.language, one.groups) == (other.attribute, other.language, other.groups)
+    """Whether two suites ask about the same markers, in the same order, in the same language."""
+    attribute, language = one.attribute == other.attribute, one.language == other.language
+    return attribute and language and [*one.groups.items()] == [*other.groups.items()]
+
+
+def spaced(total: int, most: int | None) -> list[int]:
+    """At most so many of the numbers below ``total``, evenly spaced, the first and the last among them."""
+    count = total if most is None else min(most, total)
+    return [round(number) for number in np.linspace(0, total - 1, count).tolist()]
 
 
 def _renamed(suite: Suite, scenario: Scenario) -> Scenario:

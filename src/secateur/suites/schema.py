@@ -94,6 +94,11 @@ class Paraphrase(Strict):
     prompt: str = ""
     reply: str = ""
 
+    @property
+    def text(self) -> str:
+        """Both, as one text."""
+        return f"{self.prompt}\n{self.reply}".strip()
+
 
 class Scenario(Strict):
     """A situation in which the marker should not matter, in several wordings."""
