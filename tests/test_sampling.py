@@ -56,6 +56,19 @@ def test_amounts_are_read_in_the_language_of_the_suite() -> None:
         np.testing.assert_array_equal(sampled.amounts.ravel(), expected)
 
 
+def test_amounts_are_in_the_unit_of_their_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.measures.sampling.write", lambda _, requests, *__, **___: ["2 weeks"] * len(requests))
+    model, document = tiny_model(), SUITE.model_dump()
+    price = next(scenario for scenario in document["scenarios"] if scenario["id"] == "price")
+    document["scenarios"].append({**price, "id": "wait", "measure": {**price["measure"], "unit": "days until then"}})
+    suite = Suite.model_validate(document)
+    found = sample_amounts(model, build_prompts(model, suite, whole(suite)), runs=2)
+    scenarios = [suite.scenarios[prompt.scenario].id for prompt in found.prompts.prompts]
+    assert set(scenarios) == {"price", "wait"}
+    for scenario, row in zip(scenarios, found.amounts, strict=True):
+        assert set(row) == {14.0 if scenario == "wait" else 2.0}
+
+
 def test_samples_follow_the_model_distribution() -> None:
     """The first digit of one-token answers against the softmax of plain logits at the same temperature."""
     model = tiny_model()
