@@ -393,6 +393,15 @@ def test_a_classifier_of_transformers_judges(plan: Path, tmp_path: Path, output:
     assert "it has: fine, toxic" in call(*command(plan, output.with_name("b")), *told[:2], "--bad-label", "x").refusal
 
 
+def test_a_repair_can_name_bad_labels(tmp_path: Path, output: Path, call: Command) -> None:
+    judge = save_classifier(tmp_path / "judge", ("LABEL_0", "LABEL_1"))
+    told = ("repair", "-m", "./nothing", "-s", write_suite(tmp_path), "-o", output)
+    assert "Name them with --bad-label" in call(*told, "--verify", "--classifier", judge).refusal
+    named = ("--classifier", judge, "--bad-label", "LABEL_9")
+    assert "no label 'LABEL_9'" in call(*told, "--verify", *named).refusal
+    assert "belong to --verify" in call(*told, "--bad-label", "LABEL_1").refusal
+
+
 def test_a_missing_extra_is_said(plan: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "profanity_check", None)
     assert "pip install 'secateur[toxicity]'" in call(*command(plan, output), "--classifier", "profanity").refusal
