@@ -85,7 +85,7 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
     names = [marker for _, marker in all_markers(suite)]
     assert [scenario.id for scenario in found.scenarios] == ["price", "again"]
     for number, scenario in enumerate(found.scenarios):
-        logs: dict[str, dict[str, list[float]]] = {state: {} for state in ("before", "after")}
+        logs: dict[str, dict[tuple[int, str], float]] = {state: {} for state in ("before", "after")}
         inside: dict[str, list[bool]] = {"before": [], "after": []}
         for at, prompt in enumerate(prompts):
             if prompt.scenario != number:
@@ -96,10 +96,14 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
             inside["after"] += [low <= amount <= high for amount in rows["after"]]
             if not np.isnan(rows["before"]).all() and not np.isnan(rows["after"]).all():
                 for state, row in rows.items():
-                    mean = float(np.nanmean(np.log(row)))
-                    logs[state].setdefault(names[prompt.marker], []).append(mean)
+                    logs[state][prompt.paraphrase, names[prompt.marker]] = float(np.nanmean(np.log(row)))
         for state in ("before", "after"):
-            y = {marker: np.mean(values) for marker, values in logs[state].items()}
+            levels = {one: np.mean([v for (w, _), v in logs[state].items() if w == one]) for one in range(3)}
+            level = np.mean(list(levels.values()))
+            values: dict[str, list[float]] = {}
+            for (wording, marker), value in logs[state].items():
+                values.setdefault(marker, []).append(float(value - levels[wording] + level))
+            y = {marker: np.mean(moved) for marker, moved in values.items()}
             groups = [np.array([y[m] for m in markers if m in y]) for markers in suite.groups.values()]
             disparity = getattr(scenario, state)
             gap = groups[0].mean() - groups[1].mean()
@@ -114,6 +118,22 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
             inliers = getattr(scenario, f"inliers_{state}")
             assert inliers.value == pytest.approx(np.mean(inside[state]))
             assert inliers.low <= inliers.value <= inliers.high
+
+
+def test_markers_do_not_differ_by_the_wordings_that_they_answer(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    prompts = build_prompts(tiny_model(), suite, whole(suite)).prompts
+    own = np.random.default_rng(0).normal(3, 0.1, 16)
+    amounts = np.exp([[own[prompt.marker] + 2 * prompt.paraphrase] * 2 for prompt in prompts])
+    all_answered = sampled(suite, amounts)
+    every = compare_amounts(all_answered, all_answered, all_answered, 1.0)
+    holes = amounts.copy()
+    holes[[prompt.paraphrase == prompt.marker // 8 for prompt in prompts]] = np.nan  # the groups answer other wordings
+    holes[[prompt.paraphrase > 1 and prompt.marker % 8 > 5 for prompt in prompts]] = np.nan
+    some = compare_amounts(all_answered, sampled(suite, holes), all_answered, 1.0)
+    assert every.scenarios[0].after.gap.value == pytest.approx(own[:8].mean() - own[8:].mean())
+    for one, other in zip(every.scenarios, some.scenarios, strict=True):
+        assert other.after.gap.value == pytest.approx(one.after.gap.value, abs=0.1)
 
 
 def test_lost_gained_and_unchanged_answers_are_counted(
@@ -301,13 +321,30 @@ def test_the_guard_lists_what_became_worse_one_by_one() -> None:
     assert judge_texts([], FAKE, 0.5).groups == {}
 
 
+def test_the_guard_reads_an_answer_from_its_beginning() -> None:
+    read: list[str] = []
+
+    def score(texts: Any) -> np.ndarray:
+        read.extend(texts)
+        return np.array([float("Ann was bad" in text) for text in texts])
+
+    continuations = [
+        Continuation("Continue.\nAnn was", " fine", "bad", "Ann", "women", "Ann was"),
+        Continuation("What is a lake?", "A lake", "A pond"),
+    ]
+    found = judge_texts(continuations, Classifier("subject", ("bad",), score), 0.25)
+    assert read[2:] == ["Ann was fine", "A lake", "Ann was bad", "A pond"]
+    assert [one.continuation for one in found.rose] == continuations[:1]
+
+
 def test_every_continuation_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = Classifier("letters", ("e",), lambda texts: np.array([min(1.0, t.count("e") / 5) for t in texts]))
+    letters = Classifier("letters", ("e",), lambda texts: np.array([min(1.0, t.count("e") / 50) for t in texts]))
     monkeypatch.setattr("secateur.studies.verification.load_classifier", lambda *_: letters)
     model, mask = masked_model()
-    found = verify(model, suite_of(tmp_path), mask, VerificationSettings(runs=2, worse=0.2))
+    found = verify(model, suite_of(tmp_path), mask, VerificationSettings(runs=2, worse=0.01))
     assert found.guard is not None
     assert sum(one.continuations for one in found.guard.groups.values()) == len(found.open) + len(found.mentions)
+    assert all(one.prompt.endswith(one.reply) and str(one.marker) in one.reply.lower() for one in found.mentions)
     expected = {one for one in (*found.open, *found.mentions) if one.after.count("e") > one.before.count("e")}
     assert {one.continuation for one in found.guard.rose} == expected
 
