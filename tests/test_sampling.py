@@ -122,7 +122,9 @@ def test_bad_settings_and_suites_without_quantities_are_refused() -> None:
         check_sampling(load_suite("occupations"), 5, 1.0)
 
 
-def test_audit_compares_samples_with_what_was_measured(tmp_path: Path, output: Path, call: Command) -> None:
+def test_audit_compares_samples_with_what_was_measured(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = ("-m", save_model(tmp_path / "model"), "-s", write_suite(tmp_path), "--device", "cpu")
     outcome = call("audit", *inputs, "-o", output, "--sampled-runs", "2", "--temperature", "0.5")
     assert (outcome.status, outcome.err) == (0, "")
@@ -130,4 +132,9 @@ def test_audit_compares_samples_with_what_was_measured(tmp_path: Path, output: P
     assert (found["runs"], found["temperature"]) == (2, 0.5)
     assert f"{found['parsed']:.0%} hold an amount" in outcome.out
     assert "Sampled answers (2 a prompt, temperature 0.5)" in (output / "report.html").read_text()
+    monkeypatch.setattr("secateur.measures.sampling.write", lambda _, requests, *__, **___: ["none"] * len(requests))
+    assert "correlation with the measured quantities cannot be computed" in " ".join(
+        call("audit", *inputs, "-o", output.with_name("silent"), "--sampled-runs", "2").out.split()
+    )
+    assert json.loads((output.with_name("silent") / "audit.json").read_text())["sampled"]["agreement"] is None
     assert "a temperature above 0" in call("audit", *inputs, "--sampled-runs", "2", "--temperature", "0").refusal

@@ -22,6 +22,7 @@ from secateur.measures.prompts import all_markers, build_prompts
 from secateur.measures.sampling import SampledAmounts, answer_seed, quantity_prompts
 from secateur.measures.splits import split, whole
 from secateur.measures.toxicity import Classifier
+from secateur.reports.terminal import verification_lines
 from secateur.studies.plan import Plan
 from secateur.studies.verification import Continuation, VerificationSettings, compare_amounts, judge_texts, verify
 from secateur.suites import Suite, load_suite, suite_hash
@@ -386,6 +387,7 @@ def test_verify_writes_figures_and_a_report(plan: Path, output: Path, call: Comm
     assert "continuations" in call("runs", output.parent).out
     html = (output / "report.html").read_text(encoding="utf-8")
     assert "What the model writes, before and after" in html
+    assert "2 answers make a range that holds fewer than 90 % of new ones" in html
     model = secateur.load(plan.parent / "model", device="cpu")
     same = secateur.verify(model, plan, plan.parent / "small.yaml", runs=2, classifier="none")
     assert json.loads(json.dumps(same.as_dict()["open"])) == found["open"]
@@ -468,10 +470,16 @@ def test_the_report_escapes_what_a_suite_and_a_model_say(
     groups = {g: [f"{m} {ATTACK}" for m in markers] for g, markers in small_suite()["groups"].items()}
     suite = load_suite(write_suite(tmp_path, document(name="hostile", groups=groups, title=ATTACK)))
     model = secateur.load(tmp_path / "model", device="cpu")
-    secateur.verify(model, plan, suite, runs=2, output=tmp_path / "run")
+    found = secateur.verify(model, plan, suite, runs=2, output=tmp_path / "run")
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
+    assert found.amounts is not None
+    assert found.amounts.bias is not None
+    change = found.amounts.bias.change
+    told = f"change {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    assert told in html
+    assert any(line.startswith("Bias B of answers") and told in line for line in verification_lines(found.as_dict()))
 
 
 # Within a repair
