@@ -70,7 +70,7 @@ def render_repair(result: RepairResult) -> str:
                 for kind, drawn in (("heads", heads_map), ("neurons", neurons_map))
                 if (figure := drawn(result.space, removed, rank, result.mask.action)) is not None
             },
-            "removed": removed_by_layer(removed),
+            "removed": removed_by_layer(result.space, removed, rank),
             "columns": COLUMNS,
         }
     return _render(
@@ -134,6 +134,7 @@ def _render(template: str, run: dict[str, Any], *, plots: bool = True, **content
     )
     scripts = [*([get_plotlyjs()] if plots else []), REPORT_JS]
     return environment.get_template(template).render(
+        plots=plots,
         version=secateur.__version__,
         date=date.today().isoformat(),
         scripts=Markup("\n").join(Markup(f"<script>{script}</script>") for script in scripts),
@@ -164,6 +165,7 @@ def _drawn(found: Distributions) -> dict[str, Any]:
         "names": found.names,
         "start": found.start,
         "states": found.states,
+        "spreads": found.spreads,
     }
 
 
