@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tiny import NAMES, tiny_model
+from transformers import GenerationConfig
 
 from secateur.errors import NumericalError
 from secateur.measures.generation import Request, write
@@ -14,6 +17,7 @@ from secateur.units import Mask
 
 TEXTS = ("The nurse ", "Mary said:", "A much longer beginning than the others", "B", "The cook ")
 NEW = 6
+SPECIAL: dict[str, Any] = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 
 
 def contexts(model: LanguageModel) -> list[tuple[int, ...]]:
@@ -46,6 +50,35 @@ def test_greedy_continuations_are_those_of_a_plain_loop(name: str) -> None:
     with Mask.removing(model, [0, 9, 20]).applied(model):
         expected = [plainly(model, context) for context in asked]
         assert write(model, [Request(context) for context in asked], NEW, batch_size=2) == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a"]},
+        {"forced_eos_token_id": 257},
+        {"suppress_tokens": list(range(200))},
+        {"repetition_penalty": 3.0, "do_sample": True, "top_k": 3, "temperature": 0.3},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_a_checkpoint_do_not_count(setting: dict[str, Any]) -> None:
+    model = tiny_model()
+    model.model.generation_config = settings = GenerationConfig(**{**SPECIAL, **setting})
+    asked = contexts(model)[:2] * 2
+    assert write(model, [Request(context) for context in asked], NEW) == [plainly(model, context) for context in asked]
+    assert model.model.generation_config is settings
+
+
+def test_special_tokens_of_a_checkpoint_end_a_text() -> None:
+    model = tiny_model()
+    (context,) = contexts(model)[:1]
+    first = int(model.model(torch.tensor([context])).logits[0, -1].argmax())
+    model.model.generation_config = GenerationConfig(**{**SPECIAL, "eos_token_id": [257, first]})
+    assert write(model, [Request(context)], NEW) == [model.tokenizer.decode([first])]
 
 
 def test_a_sampled_text_depends_on_its_seed_alone() -> None:

@@ -237,6 +237,47 @@ def test_pictures_fit_a_printed_page_and_grow_back(browser: Browser, reports: di
     assert browser.run(widths) == before
 
 
+@pytest.mark.parametrize("study", ["audit", "repair", "verify"])
+def test_what_is_folded_away_is_printed_and_folded_again(
+    browser: Browser, reports: dict[str, Path], study: str
+) -> None:
+    browser.open(reports[study])
+    folded = "[...document.querySelectorAll('details')].map(details => details.open)"
+    if study == "repair":
+        browser.one("summary").click()
+    before = browser.run(folded)
+    assert before == [study == "repair", *[False] * (len(before) - 1)]
+    for _ in range(2):  # a browser may tell more than once before it prints
+        browser.run("window.dispatchEvent(new Event('beforeprint'))")
+        assert set(browser.run(folded)) == {True}
+    browser.run("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.run(folded) == before
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_without_scripts_a_report_says_where_its_figures_are(
+    browser: Browser, reports: dict[str, Path], study: str
+) -> None:
+    browser.open(reports[study])
+    browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.driver.refresh()
+        assert ("Pictures need scripts" in browser.one("main").text) == (study in WITH_PICTURES)
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_boxes_are_drawn_at_the_quartiles_of_the_table(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["audit"])
+    boxes = "document.querySelector('select.chooser').closest('figure').querySelector('.plot').calcdata[0]"
+    drawn = browser.run(f"{boxes}.map(box => [box.q1, box.med, box.q3])")
+    scenario = browser.run("document.querySelector('select.chooser').selectedOptions[0].text")
+    browser.one("details summary").click()
+    rows = [row.text.split() for row in browser.all("details tbody tr")]
+    told = [[float(figure) for figure in row[-3:]] for row in rows if row[0] == scenario]
+    assert drawn == [pytest.approx(figures, abs=2e-3) for figures in told]
+
+
 def test_a_picture_takes_no_more_room_when_it_is_drawn(browser: Browser, reports: dict[str, Path]) -> None:
     browser.open(reports["repair"])
     rooms = "[...document.querySelectorAll('.plot')].map(plot => [plot.clientHeight, parseInt(plot.style.height)])"

@@ -88,7 +88,11 @@ def test_marks_name_the_removed_units(scored: bool) -> None:
     assert heads["text"] + neurons["text"] == told
     assert (neurons["x"], neurons["y"]) == ([7.5, 9], [0, 1])
     assert neurons["hovertemplate"].startswith("turned down: layer ")
-    assert removed_by_layer(removed) == [(0, "", "7, 8"), (1, "2", "9")]
+    rows = [(0, "", "7, 8"), (1, "2", "9")]
+    if rank is not None:
+        told = f"7 ({first[7]:.3g}), 8 ({first[8]:.3g})"
+        rows = [(0, "", told), (1, f"2 ({rank[6]:.3g})", f"9 ({second[9]:.3g})")]
+    assert removed_by_layer(units, removed, rank) == rows
 
 
 def test_maps_stay_small_for_large_models() -> None:
@@ -113,6 +117,7 @@ def test_there_is_no_map_of_what_was_neither_scored_nor_removed() -> None:
 def test_long_lists_are_cut() -> None:
     assert listed([3, 1, 2]) == "1, 2, 3"
     assert listed(range(20), 3) == "0, 1, 2 and 17 more"
+    assert listed([2, 0, 1], 3, np.array([0.5, np.nan, -np.inf])) == "0 (0.5), 1, 2"
 
 
 def test_distributions_hold_every_scenario_and_start_with_the_largest_disparity() -> None:
@@ -132,6 +137,13 @@ def test_distributions_hold_every_scenario_and_start_with_the_largest_disparity(
     boats, lamps = y[2, :8].mean(), y[2, 8:].mean()
     means = f"boats {boats:.2f} → {boats / 2:.2f}; lamps {lamps:.2f} → {lamps / 2:.2f}"
     assert found.states[2]["text"] == f"end. Mean y, before → after: {means}."
+    spreads = {(one.scenario, one.group, one.state): one for one in found.spreads}
+    assert len(spreads) == len(found.spreads) == 3 * 2 * 2
+    lamps_after = np.sort(y[2, 8:] / 2)
+    shown = spreads["end", "lamps", "after"]
+    assert shown.mean == pytest.approx(lamps_after.mean())
+    expected = [lamps_after[1:3].mean(), lamps_after[3:5].mean(), lamps_after[5:7].mean()]
+    assert shown.quartiles == pytest.approx(expected)
 
 
 def plain_suite() -> Suite:

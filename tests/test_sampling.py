@@ -56,6 +56,19 @@ def test_amounts_are_read_in_the_language_of_the_suite() -> None:
         np.testing.assert_array_equal(sampled.amounts.ravel(), expected)
 
 
+def test_amounts_are_in_the_unit_of_their_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.measures.sampling.write", lambda _, requests, *__, **___: ["2 weeks"] * len(requests))
+    model, document = tiny_model(), SUITE.model_dump()
+    price = next(scenario for scenario in document["scenarios"] if scenario["id"] == "price")
+    document["scenarios"].append({**price, "id": "wait", "measure": {**price["measure"], "unit": "days until then"}})
+    suite = Suite.model_validate(document)
+    found = sample_amounts(model, build_prompts(model, suite, whole(suite)), runs=2)
+    scenarios = [suite.scenarios[prompt.scenario].id for prompt in found.prompts.prompts]
+    assert set(scenarios) == {"price", "wait"}
+    for scenario, row in zip(scenarios, found.amounts, strict=True):
+        assert set(row) == {14.0 if scenario == "wait" else 2.0}
+
+
 def test_samples_follow_the_model_distribution() -> None:
     """The first digit of one-token answers against the softmax of plain logits at the same temperature."""
     model = tiny_model()
@@ -109,7 +122,9 @@ def test_bad_settings_and_suites_without_quantities_are_refused() -> None:
         check_sampling(load_suite("occupations"), 5, 1.0)
 
 
-def test_audit_compares_samples_with_what_was_measured(tmp_path: Path, output: Path, call: Command) -> None:
+def test_audit_compares_samples_with_what_was_measured(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = ("-m", save_model(tmp_path / "model"), "-s", write_suite(tmp_path), "--device", "cpu")
     outcome = call("audit", *inputs, "-o", output, "--sampled-runs", "2", "--temperature", "0.5")
     assert (outcome.status, outcome.err) == (0, "")
@@ -117,4 +132,9 @@ def test_audit_compares_samples_with_what_was_measured(tmp_path: Path, output: P
     assert (found["runs"], found["temperature"]) == (2, 0.5)
     assert f"{found['parsed']:.0%} hold an amount" in outcome.out
     assert "Sampled answers (2 a prompt, temperature 0.5)" in (output / "report.html").read_text()
+    monkeypatch.setattr("secateur.measures.sampling.write", lambda _, requests, *__, **___: ["none"] * len(requests))
+    assert "correlation with the measured quantities cannot be computed" in " ".join(
+        call("audit", *inputs, "-o", output.with_name("silent"), "--sampled-runs", "2").out.split()
+    )
+    assert json.loads((output.with_name("silent") / "audit.json").read_text())["sampled"]["agreement"] is None
     assert "a temperature above 0" in call("audit", *inputs, "--sampled-runs", "2", "--temperature", "0").refusal

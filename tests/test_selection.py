@@ -74,6 +74,23 @@ def test_rates_and_ratios_equal_plain_counts() -> None:
     assert hire.lowest == (lowest, pytest.approx(expected[1][lowest] / highest))
 
 
+@pytest.mark.parametrize(("sizes", "share"), [((12, 12), 0.6), ((12, 12, 12, 12), 0.93)])
+def test_beside_ratios_stands_how_often_chance_gives_one_below_four_fifths(
+    sizes: tuple[int, ...], share: float
+) -> None:
+    marked = {f"g{group}": [f"{group} {n}" for n in range(size)] for group, size in enumerate(sizes)}
+    asked = suite(hire="a").model_copy(update={"groups": marked})
+    prompts = prompts_of(asked)
+    even = np.array([1.0 if prompt.marker % 2 else -1.0 for prompt in prompts.prompts])
+    _, hire = selections(prompts, even)
+    assert hire.short_by_chance == pytest.approx(share, abs=0.12)
+    assert selections(prompts, even, seed=1)[1].short_by_chance == pytest.approx(hire.short_by_chance, abs=0.1)
+    assert selections(prompts, np.ones(len(prompts)))[1].short_by_chance == 0
+    assert selections(prompts, -np.ones(len(prompts)))[1].short_by_chance == 0
+    one = np.array([1.0 if prompt.marker == 0 else -1.0 for prompt in prompts.prompts])
+    assert selections(prompts, one)[1].short_by_chance == 1
+
+
 def test_where_nobody_is_selected_there_is_no_ratio() -> None:
     prompts = prompts_of(suite(hire="a"))
     mean, hire = selections(prompts, np.full(len(prompts), -1.0))

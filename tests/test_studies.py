@@ -23,6 +23,9 @@ from secateur.evaluation import Evaluator
 from secateur.evaluation.evaluator import Measurement
 from secateur.measures.disparity import Comparison, Interval
 from secateur.measures.prompts import Prompt, PromptSet
+from secateur.reports.html import render_audit
+from secateur.reports.terminal import audit_summary
+from secateur.studies.audit import SampledCheck
 from secateur.studies.candidates import CandidateRecord, why_nothing
 from secateur.studies.parts import folds
 from secateur.studies.verdict import judge
@@ -140,7 +143,44 @@ def test_audit_counts_selections_where_an_answer_is_favourable(tmp_path: Path, o
     for group in decision["groups"].values():
         assert group["markers"] == 8
         assert group["rate"]["low"] <= group["rate"]["value"] <= group["rate"]["high"]
-    assert ">all decisions (mean)</th>" in (output / "report.html").read_text()
+    html = (output / "report.html").read_text()
+    assert ">all decisions (mean)</th>" in html
+    share = f"{100 * decision['short_by_chance']:.0f} %"
+    assert f'<td class="n" rowspan="2">{share}</td>' in html
+    assert f"shuffled labels give a ratio below 0.80 in {share} of draws" in html
+
+
+@pytest.mark.parametrize(
+    ("low", "p_values", "verdict", "said"),
+    [
+        (0.2, (0.5, 0.5, 0.5), "bad", "The model treats the groups differently: suite bias B = 0.30"),
+        (0.0, (0.5, 0.01, 0.5), "bad", "differently in some scenarios: 1 of 3 scenarios differ beyond chance"),
+        (0.0, (0.5, 0.5, 0.5), "good", "No difference between the groups that exceeds chance was found"),
+    ],
+)
+def test_the_verdict_of_an_audit_heeds_single_scenarios(
+    low: float, p_values: tuple[float, ...], verdict: str, said: str, tmp_path: Path
+) -> None:
+    model = secateur.load(save_model(tmp_path / "model"), device="cpu")
+    found = secateur.audit(model, write_suite(tmp_path))
+    scenarios = [replace(one, p_holm=p) for one, p in zip(found.scenarios, p_values, strict=True)]
+    found = replace(found, bias=Interval(0.3, low, 0.6), scenarios=scenarios)
+    html = render_audit(found)
+    assert f'<div class="verdict {verdict}">' in html
+    text = " ".join(Page(html).text.split())
+    assert said in text
+    assert ("95 % upper bound 0.60" in text) == (low == 0)
+    assert "at most" not in text
+    named = "(p < 0.05 after Holm): price" in text
+    assert named == any("correction: price" in line for line in audit_summary(found)) == (min(p_values) < 0.05)
+
+
+def test_sampled_answers_without_amounts_have_no_correlation(tmp_path: Path) -> None:
+    model = secateur.load(save_model(tmp_path / "model"), device="cpu")
+    found = replace(secateur.audit(model, write_suite(tmp_path)), sampled=SampledCheck(2, 1.0, 0.0, None))
+    said = "their correlation with the measured quantities cannot be computed (Spearman"
+    assert said in " ".join(Page(render_audit(found)).text.split())
+    assert any(said in line for line in audit_summary(found))
 
 
 def test_show_prints_an_audit(tmp_path: Path, output: Path, call: Command) -> None:

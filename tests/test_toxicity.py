@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from secateur.errors import SettingError
 from secateur.measures.toxicity import bad_share, choose_labels, load_classifier
@@ -67,6 +69,16 @@ def test_scores_are_shares_of_the_bad_labels() -> None:
     np.testing.assert_allclose(bad_share(logits, [1, 2], None), logits.softmax(1)[:, 1:].sum(1))
     multi = bad_share(logits, [1, 2], "multi_label_classification")
     np.testing.assert_allclose(multi, logits.sigmoid()[:, 1:].amax(1))
+    np.testing.assert_allclose(bad_share(logits[:, :1], [0], None), logits[:, 0].sigmoid())
+
+
+def test_labels_that_are_all_bad_do_not_exclude_each_other() -> None:
+    logits = torch.tensor([[-9.0, -5.0], [3.0, -5.0]])
+    np.testing.assert_allclose(bad_share(logits, [0, 1], None), logits.sigmoid().amax(1))
+
+
+def test_outputs_of_a_regression_are_scores_themselves() -> None:
+    np.testing.assert_allclose(bad_share(torch.tensor([[-0.1], [0.3], [1.2]]), [0], "regression"), [0, 0.3, 1])
 
 
 def test_a_transformers_classifier_scores_texts_as_it_does_one_by_one(tmp_path: Path) -> None:
@@ -100,6 +112,48 @@ def test_a_model_without_a_head_for_labels_is_refused(tmp_path: Path) -> None:
     name = save_classifier(tmp_path / "judge", ("fine", "toxic"))
     BertForSequenceClassification.from_pretrained(name).base_model.save_pretrained(name)
     with pytest.raises(SettingError, match="no head for labels"):
+        load_classifier(name)
+
+
+def test_a_classifier_without_a_pad_token_scores_texts_of_several_lengths(tmp_path: Path) -> None:
+    labels = dict(enumerate(("fine", "toxic")))
+    config = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=128, initializer_range=1.0, id2label=labels
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        GPT2ForSequenceClassification(config).eval().save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    classifier = load_classifier(str(tmp_path))
+    assert classifier is not None
+    scores = classifier.score(TEXTS)
+    np.testing.assert_allclose(scores, [float(classifier.score([text])[0]) for text in TEXTS], atol=1e-5)
+    assert len(set(scores.tolist())) == 3
+
+
+def lose_tokens(model: BertForSequenceClassification) -> None:
+    model.config.pad_token_id = 0
+    model.resize_token_embeddings(40)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda model: model.classifier.weight.fill_(float("nan")), "scores that are not finite"),
+        (lose_tokens, r"cannot score texts .*'none' leaves the classifier out"),
+    ],
+)
+def test_a_classifier_that_does_not_score_texts_is_refused_when_loaded(
+    damage: Callable[[Any], Any], said: str, tmp_path: Path
+) -> None:
+    name = save_classifier(tmp_path / "judge", ("fine", "toxic"))
+    model = BertForSequenceClassification.from_pretrained(name)
+    with torch.no_grad():
+        damage(model)
+    model.save_pretrained(name)
+    with pytest.raises(SettingError, match=said):
         load_classifier(name)
 
 

@@ -22,6 +22,7 @@ from secateur.measures.prompts import all_markers, build_prompts
 from secateur.measures.sampling import SampledAmounts, answer_seed, quantity_prompts
 from secateur.measures.splits import split, whole
 from secateur.measures.toxicity import Classifier
+from secateur.reports.terminal import verification_lines
 from secateur.studies.plan import Plan
 from secateur.studies.verification import Continuation, VerificationSettings, compare_amounts, judge_texts, verify
 from secateur.suites import Suite, load_suite, suite_hash
@@ -85,7 +86,7 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
     names = [marker for _, marker in all_markers(suite)]
     assert [scenario.id for scenario in found.scenarios] == ["price", "again"]
     for number, scenario in enumerate(found.scenarios):
-        logs: dict[str, dict[str, list[float]]] = {state: {} for state in ("before", "after")}
+        logs: dict[str, dict[tuple[int, str], float]] = {state: {} for state in ("before", "after")}
         inside: dict[str, list[bool]] = {"before": [], "after": []}
         for at, prompt in enumerate(prompts):
             if prompt.scenario != number:
@@ -96,10 +97,14 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
             inside["after"] += [low <= amount <= high for amount in rows["after"]]
             if not np.isnan(rows["before"]).all() and not np.isnan(rows["after"]).all():
                 for state, row in rows.items():
-                    mean = float(np.nanmean(np.log(row)))
-                    logs[state].setdefault(names[prompt.marker], []).append(mean)
+                    logs[state][prompt.paraphrase, names[prompt.marker]] = float(np.nanmean(np.log(row)))
         for state in ("before", "after"):
-            y = {marker: np.mean(values) for marker, values in logs[state].items()}
+            levels = {one: np.mean([v for (w, _), v in logs[state].items() if w == one]) for one in range(3)}
+            level = np.mean(list(levels.values()))
+            values: dict[str, list[float]] = {}
+            for (wording, marker), value in logs[state].items():
+                values.setdefault(marker, []).append(float(value - levels[wording] + level))
+            y = {marker: np.mean(moved) for marker, moved in values.items()}
             groups = [np.array([y[m] for m in markers if m in y]) for markers in suite.groups.values()]
             disparity = getattr(scenario, state)
             gap = groups[0].mean() - groups[1].mean()
@@ -114,6 +119,22 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
             inliers = getattr(scenario, f"inliers_{state}")
             assert inliers.value == pytest.approx(np.mean(inside[state]))
             assert inliers.low <= inliers.value <= inliers.high
+
+
+def test_markers_do_not_differ_by_the_wordings_that_they_answer(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    prompts = build_prompts(tiny_model(), suite, whole(suite)).prompts
+    own = np.random.default_rng(0).normal(3, 0.1, 16)
+    amounts = np.exp([[own[prompt.marker] + 2 * prompt.paraphrase] * 2 for prompt in prompts])
+    all_answered = sampled(suite, amounts)
+    every = compare_amounts(all_answered, all_answered, all_answered, 1.0)
+    holes = amounts.copy()
+    holes[[prompt.paraphrase == prompt.marker // 8 for prompt in prompts]] = np.nan  # the groups answer other wordings
+    holes[[prompt.paraphrase > 1 and prompt.marker % 8 > 5 for prompt in prompts]] = np.nan
+    some = compare_amounts(all_answered, sampled(suite, holes), all_answered, 1.0)
+    assert every.scenarios[0].after.gap.value == pytest.approx(own[:8].mean() - own[8:].mean())
+    for one, other in zip(every.scenarios, some.scenarios, strict=True):
+        assert other.after.gap.value == pytest.approx(one.after.gap.value, abs=0.1)
 
 
 def test_lost_gained_and_unchanged_answers_are_counted(
@@ -301,13 +322,30 @@ def test_the_guard_lists_what_became_worse_one_by_one() -> None:
     assert judge_texts([], FAKE, 0.5).groups == {}
 
 
+def test_the_guard_reads_an_answer_from_its_beginning() -> None:
+    read: list[str] = []
+
+    def score(texts: Any) -> np.ndarray:
+        read.extend(texts)
+        return np.array([float("Ann was bad" in text) for text in texts])
+
+    continuations = [
+        Continuation("Continue.\nAnn was", " fine", "bad", "Ann", "women", "Ann was"),
+        Continuation("What is a lake?", "A lake", "A pond"),
+    ]
+    found = judge_texts(continuations, Classifier("subject", ("bad",), score), 0.25)
+    assert read[2:] == ["Ann was fine", "A lake", "Ann was bad", "A pond"]
+    assert [one.continuation for one in found.rose] == continuations[:1]
+
+
 def test_every_continuation_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = Classifier("letters", ("e",), lambda texts: np.array([min(1.0, t.count("e") / 5) for t in texts]))
+    letters = Classifier("letters", ("e",), lambda texts: np.array([min(1.0, t.count("e") / 50) for t in texts]))
     monkeypatch.setattr("secateur.studies.verification.load_classifier", lambda *_: letters)
     model, mask = masked_model()
-    found = verify(model, suite_of(tmp_path), mask, VerificationSettings(runs=2, worse=0.2))
+    found = verify(model, suite_of(tmp_path), mask, VerificationSettings(runs=2, worse=0.01))
     assert found.guard is not None
     assert sum(one.continuations for one in found.guard.groups.values()) == len(found.open) + len(found.mentions)
+    assert all(one.prompt.endswith(one.reply) and str(one.marker) in one.reply.lower() for one in found.mentions)
     expected = {one for one in (*found.open, *found.mentions) if one.after.count("e") > one.before.count("e")}
     assert {one.continuation for one in found.guard.rose} == expected
 
@@ -349,6 +387,7 @@ def test_verify_writes_figures_and_a_report(plan: Path, output: Path, call: Comm
     assert "continuations" in call("runs", output.parent).out
     html = (output / "report.html").read_text(encoding="utf-8")
     assert "What the model writes, before and after" in html
+    assert "2 answers make a range that holds fewer than 90 % of new ones" in html
     model = secateur.load(plan.parent / "model", device="cpu")
     same = secateur.verify(model, plan, plan.parent / "small.yaml", runs=2, classifier="none")
     assert json.loads(json.dumps(same.as_dict()["open"])) == found["open"]
@@ -393,6 +432,15 @@ def test_a_classifier_of_transformers_judges(plan: Path, tmp_path: Path, output:
     assert "it has: fine, toxic" in call(*command(plan, output.with_name("b")), *told[:2], "--bad-label", "x").refusal
 
 
+def test_a_repair_can_name_bad_labels(tmp_path: Path, output: Path, call: Command) -> None:
+    judge = save_classifier(tmp_path / "judge", ("LABEL_0", "LABEL_1"))
+    told = ("repair", "-m", "./nothing", "-s", write_suite(tmp_path), "-o", output)
+    assert "Name them with --bad-label" in call(*told, "--verify", "--classifier", judge).refusal
+    named = ("--classifier", judge, "--bad-label", "LABEL_9")
+    assert "no label 'LABEL_9'" in call(*told, "--verify", *named).refusal
+    assert "belong to --verify" in call(*told, "--bad-label", "LABEL_1").refusal
+
+
 def test_a_missing_extra_is_said(plan: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "profanity_check", None)
     assert "pip install 'secateur[toxicity]'" in call(*command(plan, output), "--classifier", "profanity").refusal
@@ -422,10 +470,16 @@ def test_the_report_escapes_what_a_suite_and_a_model_say(
     groups = {g: [f"{m} {ATTACK}" for m in markers] for g, markers in small_suite()["groups"].items()}
     suite = load_suite(write_suite(tmp_path, document(name="hostile", groups=groups, title=ATTACK)))
     model = secateur.load(tmp_path / "model", device="cpu")
-    secateur.verify(model, plan, suite, runs=2, output=tmp_path / "run")
+    found = secateur.verify(model, plan, suite, runs=2, output=tmp_path / "run")
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
+    assert found.amounts is not None
+    assert found.amounts.bias is not None
+    change = found.amounts.bias.change
+    told = f"change {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    assert told in html
+    assert any(line.startswith("Bias B of answers") and told in line for line in verification_lines(found.as_dict()))
 
 
 # Within a repair

@@ -75,6 +75,13 @@ ClassifierName = Annotated[
         "toxicity), none, or auto (profanity where it is installed).",
     ),
 ]
+BadLabels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bad-label",
+        help="A label of the classifier that counts as bad; may be repeated [default: by their names].",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 
 
@@ -177,6 +184,7 @@ def repair(
     verify_runs: Annotated[int, typer.Option(help="Sampled answers to each quantity prompt.")] = 5,
     temperature: Temperature = 1.0,
     classifier: ClassifierName = "auto",
+    bad_label: BadLabels = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the units that carry a bias, remove the few that matter, prove it on held-out data."""
@@ -195,11 +203,11 @@ def repair(
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip
-    texts = secateur.VerificationSettings(verify_runs, temperature, classifier)
+    texts = secateur.VerificationSettings(verify_runs, temperature, classifier, tuple(bad_label or ()))
     if verify:
         told["verification"] = texts
     elif texts != secateur.VerificationSettings():
-        raise SettingError("--verify-runs, --temperature and --classifier belong to --verify; add it.")
+        raise SettingError("--verify-runs, --temperature, --classifier and --bad-label belong to --verify; add it.")
     asked = _suite(suite)
     check_address(ray)
     secateur.RepairSettings(**told).check()
@@ -386,10 +394,7 @@ def verify(
         Path | None, typer.Option(help="Text file, one open prompt a line [default: built-in neutral ones].")
     ] = None,
     classifier: ClassifierName = "auto",
-    bad_label: Annotated[
-        list[str] | None,
-        typer.Option(help="A label of the classifier that counts as bad; may be repeated [default: by their names]."),
-    ] = None,
+    bad_label: BadLabels = None,
     worse: Annotated[float, typer.Option(help="List continuations whose score rises by at least this.")] = 0.2,
     dtype: Dtype = "auto",
     matmul_precision: Precision = "highest",

@@ -9,16 +9,22 @@ What is read
   every language.
 - Scales after digits: "70k", "$1.5 million", "65 mil", "2 mil millones"; several multiply.
 - Number words in English and Spanish ("twenty-five thousand", "a dozen", "treinta y cinco mil"). A single "one"
-  (or "un", "una", "uno") is an article or pronoun more often than an amount, and does not count.
-- Ranges give their midpoint: "50,000 - 60,000", "between 5 and 7", "from five to seven", "50-60k" (a scale at the
-  end holds for both).
+  (or "un", "una", "uno") is an article or pronoun more often than an amount, and counts only before a unit's word
+  ("one week").
+- Ranges give their midpoint: "50,000 - 60,000", "between 5 and 7", "from five to seven", "two-three". Scales at the
+  end hold for both where that leaves the end above the beginning: "50-60k", "twenty to thirty thousand". So does a
+  mark that parts thousands: "40-50,000".
+- A hyphen joins words within a ten ("twenty-five") and before a scale ("50-thousand"); elsewhere it makes a range.
 - Signs and codes of currencies and percent signs before or after are passed over; nothing is converted.
+- Lengths of time are converted to the unit that is asked for: "2 weeks" are 14 where days are meant. A month counts
+  as a twelfth of 365.25 days. A range may name a unit at either end or two of them: "18 months to 2 years".
 
 What is not
 -----------
 Zero and negative amounts have no logarithm: where the first amount is one, there is none. Ordinals ("3rd") and
 digits inside words ("A4", "COVID-19") are passed over, and so are runs of marks that are no number ("1.2.3").
-Years and the numbers of a list ("1.", "2024") cannot be told from amounts and are read as such.
+Years and the numbers of a list ("1.", "2024") cannot be told from amounts and are read as such. Of two units only
+the first counts ("2 years and 6 months"), and only right after the number ("2 whole weeks" are 2).
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ APOSTROPHES = "'\u2019"
 MINUSES = "-\u2212"
 DASHES = "-\u2013\u2014"
 SIGNS = r"[$€£¥₹]"
+DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 365.25 / 12, "year": 365.25}
 CODES = "USD|EUR|GBP|CAD|AUD|CHF|JPY|INR|MXN|COP|ARS|CLP|PEN"
 DECIMAL_COMMA = ("es", "fr", "de", "it", "pt", "nl", "pl", "ru", "tr", "sv", "da", "nb", "fi", "cs")
 
@@ -59,7 +66,8 @@ class Wording:
     linked: a regular expression of the pairs that a conjunction joins, "" for none. conjunction: that one may stand
         after a scale, "" for none.
     between, to: the words of ranges: "between ... and ...", "... to ...".
-    ordinal: endings that make an ordinal of digits. units: words that stand between an amount and the end of a range.
+    ordinal: endings that make an ordinal of digits. units: words of currencies and shares after an amount.
+    times: words of lengths of time, in days.
     """
 
     values: Mapping[str, float]
@@ -71,12 +79,18 @@ class Wording:
     to: str
     ordinal: str
     units: str
+    times: Mapping[str, float]
     conjunction: str = ""
     linked: str = ""
 
 
 def _counted(words: str, first: int = 1, step: int = 1) -> dict[str, float]:
     return {word: float(first + step * number) for number, word in enumerate(words.split())}
+
+
+def _times(**words: str) -> dict[str, float]:
+    """Days by word, from the words of every length of time."""
+    return {word: DAYS[length] for length, known in words.items() for word in known.split()}
 
 
 ENGLISH = Wording(
@@ -93,6 +107,14 @@ ENGLISH = Wording(
     to="to",
     ordinal="st|nd|rd|th",
     units="percent|per cent|dollars?|euros?|pounds?",
+    times=_times(
+        minute="minutes minute mins min",
+        hour="hours hour hrs hr h",
+        day="days day",
+        week="weeks week wks wk",
+        month="months month mos mo",
+        year="years year yrs yr",
+    ),
     conjunction="and",
 )
 SPANISH = Wording(
@@ -107,7 +129,7 @@ SPANISH = Wording(
         **_counted("doscientas trescientas cuatrocientas quinientas seiscientas", 200, 100),
         **_counted("setecientas ochocientas novecientas", 700, 100),
         **_counted("veintiún veintidos veintitres", 21),
-        **{"veintiuna": 21.0, "dieciseis": 16.0, "veintiseis": 26.0},
+        **{"veintiun": 21.0, "veintiuna": 21.0, "dieciseis": 16.0, "veintiseis": 26.0},
     },
     scales={
         **dict.fromkeys(("docena", "docenas"), 12.0),
@@ -122,18 +144,27 @@ SPANISH = Wording(
     to="a",
     ordinal="º|ª|er",
     units="por ciento|dólares|dolares|dólar|euros?|pesos?|libras?",
+    times=_times(
+        minute="minutos minuto min",
+        hour="horas hora h",
+        day="días dias día dia",
+        week="semanas semana",
+        month="meses mes",
+        year="años año",
+    ),
     linked=r"(?:treinta|cuarenta|cincuenta|sesenta|setenta|ochenta|noventa)\s+y\s+"
     r"(?:una?|uno|dos|tres|cuatro|cinco|seis|siete|ocho|nueve)\b",
 )
 WORDINGS = {"en": ENGLISH, "es": SPANISH}
 
 
-def parse_amount(text: str, language: str = "en") -> float | None:
+def parse_amount(text: str, language: str = "en", unit: str = "") -> float | None:
     """The first amount in a text, above 0; None without one. See the rules at the head of this module.
 
     Parameters
     ----------
     language: of the text, such as "en" or "es". Number words are known in these two; others get the English ones.
+    unit: of the amount. A length of time, such as "days" or "weeks of waiting", has other lengths converted to it.
     """
     language = language[:2].casefold()
     known = language if language in WORDINGS else "en"
@@ -141,14 +172,38 @@ def parse_amount(text: str, language: str = "en") -> float | None:
     for found in _pattern(known).finditer(text):
         if found["minus"] is not None:
             return None
-        low_text = found["low"] or found["between_low"]
-        high_text = found["high"] or found["between_high"]
-        low = reader.amount(low_text)
-        if low is None or (high_text is None and low_text.casefold() in reader.wording.ones):
-            continue
-        amount = low if high_text is None else reader.midpoint(low_text, low, high_text)
-        return amount if 0 < amount < float("inf") else None
+        form = "" if found["low"] else "between_"
+        low, high = (_End(found[f"{form}{end}"], found[f"{form}{end}_unit"]) for end in ("low", "high"))
+        amount = reader.read(low, high, _days_of(unit))
+        if amount is not None:
+            return amount if 0 < amount < float("inf") else None
     return None
+
+
+def _days_of(unit: str) -> float | None:
+    """The days of a unit that begins with a length of time; None for any other, and for rates ("hours a week")."""
+    known = {word: days for wording in WORDINGS.values() for word, days in wording.times.items()}
+    words = re.findall(r"\w+", unit.casefold())
+    lengths = [known[word] for word in words if word in known]
+    return lengths[0] if len(lengths) == 1 and words[0] in known else None
+
+
+@dataclass(frozen=True)
+class _End:
+    """One end of a range, or a single amount.
+
+    Attributes
+    ----------
+    text: of the amount; None for the second end where there is no range. unit: what stands after it, None for nothing.
+    """
+
+    text: str | None
+    unit: str | None
+
+    @property
+    def has_word(self) -> bool:
+        """Whether a unit's word follows, and no mere sign."""
+        return self.unit is not None and self.unit[-1].isalpha()
 
 
 @dataclass(frozen=True)
@@ -158,28 +213,63 @@ class _Reader:
     wording: Wording
     decimal: str
 
-    def midpoint(self, low_text: str, low: float, high_text: str) -> float:
-        """The middle of a range; its beginning where the end is no number or not above it."""
-        bare, scale = self._digits(high_text)
-        if bare is not None and low < bare and self._digits(low_text)[1] == 1:
-            low *= scale  # "50-60k"
-        high = self.amount(high_text)
-        return (low + high) / 2 if high is not None and low < high else low
+    def read(self, low: _End, high: _End, days: float | None) -> float | None:
+        """An amount, or the middle of a range; its beginning where the end is no number or not above it.
+
+        Parameters
+        ----------
+        days: of the unit that lengths of time are converted to; None for that of the range's beginning.
+        """
+        assert low.text is not None
+        first = self.amount(low.text)
+        if first is None or (high.text is None and low.text.casefold() in self.wording.ones and not low.has_word):
+            return None
+        units = self._days(low), self._days(high)
+        start, end = units[0] or units[1], units[1] or units[0]
+        second = None if high.text is None else self.amount(high.text)
+        if high.text is not None and second is not None:
+            first *= self._shared_scale(low.text, first, high.text, second)
+        if start is not None and end is not None:
+            first *= start / (days or start)
+            second = None if second is None else second * end / (days or start)
+        return (first + second) / 2 if second is not None and first < second else first
+
+    def _days(self, end: _End) -> float | None:
+        """The length of time that an end names, in days."""
+        return None if end.unit is None else self.wording.times.get(end.unit.strip(f"{SPACES}-").casefold())
+
+    def _shared_scale(self, low_text: str, low: float, high_text: str, high: float) -> float:
+        """What the end of a range says for its beginning, too; 1 for nothing.
+
+        Of several scales at the end, the most that leave it above the beginning: "two to three hundred thousand", but
+        "two hundred to three hundred thousand".
+        """
+        own = max(self._scales(low_text), default=0.0)
+        sizes = self._scales(high_text)
+        shared = [
+            prod(sizes[start:])
+            for start in range(len(sizes))
+            if all(sizes[start:]) and sizes[start] >= max(sizes[:start], default=0.0)
+        ]
+        grouped = 1000.0 ** _groups(high_text)
+        if not sizes and grouped <= high:  # a mark of English may be the decimal one elsewhere
+            shared.append(grouped)
+        return next((scale for scale in shared if own < scale and low < high / scale), 1.0)
+
+    def _scales(self, text: str) -> list[float]:
+        """The scale of every word after a number, or of every number word; 0 for words that are none."""
+        found = re.match(NUMBER, text)
+        known = {**self.wording.scales, **self.wording.short}
+        rest = text[found.end() if found else 0 :].casefold()
+        return [known.get(word, 0.0) for word in re.split(r"[\s-]+", rest) if word]
 
     def amount(self, text: str) -> float | None:
         """The value of digits with their scales, or of number words; None for what is no number."""
-        if re.match(NUMBER, text) is None:
-            return self._words(text)
-        bare, scale = self._digits(text)
-        return None if bare is None else bare * scale
-
-    def _digits(self, text: str) -> tuple[float | None, float]:
-        """The number that a text begins with, and the product of the scales after it."""
         found = re.match(NUMBER, text)
         if found is None:
-            return None, 1.0
-        known = {**self.wording.scales, **self.wording.short}
-        return number(found[0], self.decimal), prod(known[word] for word in text[found.end() :].casefold().split())
+            return self._words(text)
+        bare = number(found[0], self.decimal)
+        return None if bare is None else bare * prod(self._scales(text))
 
     def _words(self, text: str) -> float:
         """The value of number words: what adds up is gathered until a scale multiplies it."""
@@ -218,6 +308,13 @@ def number(digits: str, decimal: str) -> float | None:
     return float(f"{whole}.{fraction}") if len(marks) == 1 else None
 
 
+def _groups(text: str) -> int:
+    """How many groups of three digits follow the first digits of a text after equal marks."""
+    mark = rf"[{SPACES}{APOSTROPHES}.,]"
+    found = re.match(rf"\d{{1,3}}(?P<groups>(?P<mark>{mark})\d{{3}}(?:(?P=mark)\d{{3}})*)(?!\d)", text)
+    return 0 if found is None else len(found["groups"]) // 4
+
+
 def _grouped(digits: str, mark: str) -> bool:
     """Whether a mark parts digits into thousands."""
     return re.fullmatch(rf"[1-9]\d{{0,2}}(?:\{mark}\d{{3}})+", digits) is not None
@@ -229,24 +326,28 @@ def _pattern(language: str) -> re.Pattern[str]:
     wording = WORDINGS[language]
     scales, values = _either(wording.scales), _either(wording.values)
     short = _either({**wording.scales, **wording.short})
-    digits = rf"{NUMBER}(?:\s?(?:{short})\b)*(?!\s?(?:{wording.ordinal})\b)"
+    tens = _either({word: value for word, value in wording.values.items() if value in range(20, 100, 10)})
+    ones = _either({word: value for word, value in wording.values.items() if value < 10})
+    digits = rf"{NUMBER}(?:(?:\s?(?:{short})|-(?:{scales}))\b)*(?!\s?(?:{wording.ordinal})\b)"
     half = rf"(?:(?:{'|'.join(wording.halves)}) (?=(?:{scales})\b))?"
-    word = rf"(?:{wording.linked + '|' if wording.linked else ''}(?:{scales}|{values})\b)"
-    inside = rf"\b{half}{word}(?:(?:\s+|-){word})*"  # within "between ... and ...", where "and" joins nothing else
+    linked = wording.linked + "|" if wording.linked else ""
+    word = rf"(?:{linked}(?:{tens})-(?:{ones})\b|(?:{scales}|{values})\b)"
+    joint = rf"\s+|-(?=(?:{scales})\b)"
+    inside = rf"\b{half}{word}(?:(?:{joint}){word})*"  # within "between ... and ...", where "and" joins nothing else
     words = inside
     if wording.conjunction:
         after_scale = "|".join(rf"(?<=\b{scale})" for scale in wording.scales)
-        words = rf"\b{half}{word}(?:(?:\s+|-|(?:{after_scale})\s+{wording.conjunction}\s+){word})*"
+        words = rf"\b{half}{word}(?:(?:{joint}|(?:{after_scale})\s+{wording.conjunction}\s+){word})*"
     sign = rf"(?:(?:{CODES})?\s?{SIGNS}?\s?)"
-    unit = rf"(?:\s?(?:%|{SIGNS}|(?:{CODES}|{wording.units})\b))?"
+    unit = rf"\s?(?:%|{SIGNS}|(?:{CODES}|{wording.units})\b)|[\s-]?(?:{_either(wording.times)})\b"
     first, second = wording.between
     between = (
-        rf"\b{first}\s+{sign}(?P<between_low>{digits}|{inside}){unit}\s+{second}\s+"
-        rf"{sign}(?P<between_high>{digits}|{inside})"
+        rf"\b{first}\s+{sign}(?P<between_low>{digits}|{inside})(?P<between_low_unit>{unit})?\s+{second}\s+"
+        rf"{sign}(?P<between_high>{digits}|{inside})(?P<between_high_unit>{unit})?"
     )
     plain = (
-        rf"{MINUS}{SIGNS}?{START}(?P<low>{digits}|{words})"
-        rf"(?:{unit}\s*(?:[{DASHES}]|\b{wording.to}\b)\s*{sign}(?P<high>{digits}|{words}))?"
+        rf"{MINUS}{SIGNS}?{START}(?P<low>{digits}|{words})(?P<low_unit>{unit})?"
+        rf"(?:\s*(?:[{DASHES}]|\b{wording.to}\b)\s*{sign}(?P<high>{digits}|{words})(?P<high_unit>{unit})?)?"
     )
     return re.compile(rf"{between}|{plain}", re.IGNORECASE)
 

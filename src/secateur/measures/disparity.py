@@ -188,10 +188,19 @@ def null(table: Table, seed: int = 0, permutations: int = PERMUTATIONS) -> dict[
 
     One shuffle serves all scenarios, since they share the markers and so their errors.
     """
+    return _statistics(table, shuffled_membership(table.groups, seed, permutations))
+
+
+def shuffled_membership(groups: np.ndarray, seed: int = 0, permutations: int = PERMUTATIONS) -> np.ndarray:
+    """Which marker belongs to which group under shuffled labels, one-hot (permutations, groups, markers).
+
+    Parameters
+    ----------
+    groups: (markers,), group of each marker, 0 to n_groups - 1.
+    """
     rng = np.random.default_rng(seed)
-    labels = np.stack([rng.permutation(table.groups) for _ in range(permutations)])
-    weights = np.asarray(labels[:, None, :] == np.arange(table.n_groups)[None, :, None], dtype=float)
-    return _statistics(table, weights)
+    labels = np.stack([rng.permutation(groups) for _ in range(permutations)])
+    return np.asarray(labels[:, None, :] == np.arange(groups.max() + 1)[None, :, None], dtype=float)
 
 
 @dataclass(frozen=True, eq=False)

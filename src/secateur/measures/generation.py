@@ -9,13 +9,14 @@ same noise: where their texts differ, the change made them differ.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from secateur.models import LanguageModel
 from secateur.models.linear import fast_linear
@@ -49,7 +50,8 @@ def write(
     """Continue every context by up to ``new_tokens`` tokens; the texts alone, in order, special tokens left out.
 
     Contexts of one length run together, so that nothing is padded; what continues the same context more than once is
-    read once. The checkpoint's own settings for generation (penalties, top-k, top-p) are not used.
+    read once. The checkpoint's own settings for generation (penalties, top-k, forced tokens) are not used, but
+    for its special tokens.
 
     Parameters
     ----------
@@ -75,29 +77,40 @@ def write(
 
 def _continue(model: LanguageModel, requests: list[Request], new_tokens: int, temperature: float) -> list[str]:
     """Continuations of contexts of one length."""
-    tokenizer = model.tokenizer
     context = torch.tensor([request.context for request in requests], device=model.input_device)
-    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     generate: Any = model.model.generate
-    with model.arithmetic(), fast_linear():
+    with model.arithmetic(), fast_linear(), _own_settings(model, new_tokens):
         tokens = generate(
             input_ids=context,
             attention_mask=torch.ones_like(context),
             past_key_values=_read(model, context),
             logits_processor=LogitsProcessorList([_Noise(model, requests, temperature)]),
-            max_new_tokens=new_tokens,
-            pad_token_id=next(token for token in ends if token is not None),
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_k=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
         )  # (requests, context + new)
     new = tokens[:, context.shape[1] :]
     model.usage.forward += new.numel()  # the last token of every context, and all new ones but the last
-    return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+    return list(model.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+
+@contextmanager
+def _own_settings(model: LanguageModel, new_tokens: int) -> Iterator[None]:
+    """The likeliest token each time, for ``new_tokens``; of a checkpoint's settings only its special tokens count.
+
+    What a call of ``generate`` leaves open is taken from the checkpoint, so its settings are swapped as a whole.
+    """
+    plain: Any = model.model
+    checkpoint, tokenizer = plain.generation_config, model.tokenizer
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    plain.generation_config = GenerationConfig(
+        bos_token_id=checkpoint.bos_token_id,
+        eos_token_id=checkpoint.eos_token_id,
+        pad_token_id=next(token for token in ends if token is not None),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    try:
+        yield
+    finally:
+        plain.generation_config = checkpoint
 
 
 def _read(model: LanguageModel, context: Tensor) -> Any:

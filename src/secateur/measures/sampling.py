@@ -141,10 +141,16 @@ def sample_amounts(
         for run in range(first_run, first_run + runs)
     ]
     written = write(model, requests, new_tokens, temperature=temperature, batch_size=batch_size, advance=advance)
-    language = prompts.suite.language
-    read = [np.nan if (amount := parse_amount(text, language)) is None else amount for text in written]
     texts = tuple(tuple(written[start : start + runs]) for start in range(0, len(written), runs))
-    return SampledAmounts(np.array(read).reshape(len(asked), runs), asked, texts)
+    return SampledAmounts(_read(asked, texts), asked, texts)
+
+
+def _read(prompts: PromptSet, texts: tuple[tuple[str, ...], ...]) -> np.ndarray:
+    """The amount of every answer in the unit of its scenario, (prompts, runs); NaN where it holds none."""
+    language, scenarios = prompts.suite.language, prompts.suite.scenarios
+    units = [getattr(scenarios[prompt.scenario].measure, "unit", "") for prompt in prompts.prompts]
+    amounts = [[parse_amount(text, language, unit) for text in row] for unit, row in zip(units, texts, strict=True)]
+    return np.array(amounts, dtype=float)
 
 
 def answer_seed(seed: int, prompt: int, run: int) -> int:

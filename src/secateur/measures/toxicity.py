@@ -25,6 +25,18 @@ from secateur.errors import SettingError
 AUTO, NONE, OFFLINE = "auto", "none", "profanity"
 EXTRA = "pip install 'secateur[toxicity]'"
 BATCH = 32
+UNUSABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+)
+TRIAL = ("A text.", "Another text, which is a little longer.")
 # A label counts as bad where its name says so and does not begin by denying it ("non-toxic", "not_hate", "no_threat").
 BAD = re.compile(
     r"tox|hate|offens|stereotyp|insult|threat|obscen|abus|sexis|racis|misogyn|attack|identity|profan|violen|negative"
@@ -58,7 +70,7 @@ def load_classifier(name: str, labels: Sequence[str] = ()) -> Classifier | None:
 
     Raises
     ------
-    SettingError: it is not installed or cannot be loaded, or has no such label.
+    SettingError: it is not installed, cannot be loaded or does not score texts, or has no such label.
     """
     if name == NONE or (name == AUTO and find_spec("profanity_check") is None):
         _refuse_labels(name, labels)
@@ -95,15 +107,15 @@ def _transformer(name: str, labels: tuple[str, ...]) -> Classifier:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loaded = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise SettingError(
-            f"'{name}' cannot be loaded as a text classifier of transformers ({reason}); 'profanity' works offline, "
-            "and 'none' leaves the classifier out."
-        ) from error
+    except UNUSABLE as error:
+        raise _refusal(f"'{name}' cannot be loaded as a text classifier of transformers", error) from error
     if loaded["missing_keys"]:  # transformers fills them with random numbers
         raise SettingError(f"'{name}' is no text classifier: its weights have no head for labels.")
     model.eval()
+    if tokenizer.pad_token is None:  # as in GPT-2 and Llama
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     known = {index: str(label) for index, label in model.config.id2label.items()}
     bad = choose_labels(name, list(known.values()), labels)
     columns = [index for index, label in known.items() if label in bad]
@@ -123,7 +135,18 @@ def _transformer(name: str, labels: tuple[str, ...]) -> Classifier:
             found.append(bad_share(model(**batch).logits.float(), columns, model.config.problem_type).numpy())
         return np.concatenate(found).astype(float) if found else np.empty(0)
 
+    try:
+        usable = bool(np.isfinite(score(TRIAL)).all())
+    except UNUSABLE as error:
+        raise _refusal(f"The classifier '{name}' cannot score texts", error) from error
+    if not usable:
+        raise SettingError(f"The classifier '{name}' gives scores that are not finite.")
     return Classifier(name, bad, score)
+
+
+def _refusal(what: str, error: Exception) -> SettingError:
+    reason = " ".join(str(error).split())[:160]
+    return SettingError(f"{what} ({reason}); 'profanity' works offline, and 'none' leaves the classifier out.")
 
 
 Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -135,9 +158,13 @@ def bad_share(logits: torch.Tensor, columns: list[int], problem: Problem | None)
     Parameters
     ----------
     logits: (texts, labels). columns: the bad labels.
-    problem: labels of a "multi_label_classification", or of a single output, do not exclude each other.
+    problem: labels of a "multi_label_classification", or of a single output, do not exclude each other, and neither do
+        labels that are all bad: together they would have probability 1 for every text. Outputs of a "regression" are
+        scores themselves, cut to 0 to 1.
     """
-    if problem == "multi_label_classification" or logits.shape[1] == 1:
+    if problem == "regression":
+        return logits[:, columns].clamp(0, 1).amax(dim=1)
+    if problem == "multi_label_classification" or len(columns) == logits.shape[1]:
         return logits.sigmoid()[:, columns].amax(dim=1)
     return logits.softmax(dim=1)[:, columns].sum(dim=1)
 

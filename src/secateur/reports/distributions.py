@@ -17,6 +17,22 @@ FILLS = {BEFORE: "rgba(234,88,12,.15)", AFTER: "rgba(13,148,136,.15)"}
 
 
 @dataclass(frozen=True)
+class GroupSpread:
+    """How y is spread over the markers of one group in one scenario and state of the model.
+
+    Attributes
+    ----------
+    quartiles: lower quartile, median and upper quartile, as boxes show them.
+    """
+
+    scenario: str
+    group: str
+    state: str
+    mean: float
+    quartiles: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Distributions:
     """A figure that shows one scenario, and what replaces it for every other.
 
@@ -26,12 +42,14 @@ class Distributions:
     start: its number, that of the scenario with the largest |SMD| before.
     names: of all scenarios.
     states: for every scenario the values by trace, the title of the axis, and the figure's content in words.
+    spreads: the boxes of all scenarios in figures, by scenario, group and state of the model.
     """
 
     figure: go.Figure
     start: int
     names: list[str]
     states: list[dict[str, Any]]
+    spreads: list[GroupSpread]
 
 
 def distributions(suite: Suite, markers: Sequence[str], tables: dict[str, Table]) -> Distributions:
@@ -67,7 +85,25 @@ def distributions(suite: Suite, markers: Sequence[str], tables: dict[str, Table]
     title = states[start]["title"]
     height = 80 + 46 * len(tables) * len(names)
     drawn = style(figure, height, boxmode="group", xaxis_title=title, showlegend=len(tables) > 1)
-    return Distributions(drawn, start, [scenario.id for scenario in suite.scenarios], states)
+    return Distributions(drawn, start, [scenario.id for scenario in suite.scenarios], states, _spreads(suite, tables))
+
+
+def _spreads(suite: Suite, tables: dict[str, Table]) -> list[GroupSpread]:
+    means = {state: group_means(table) for state, table in tables.items()}
+    return [
+        GroupSpread(
+            scenario.id, name, state, float(means[state][row, group]), _quartiles(table.y[row, table.groups == group])
+        )
+        for row, scenario in enumerate(suite.scenarios)
+        for group, name in enumerate(suite.groups)
+        for state, table in tables.items()
+    ]
+
+
+def _quartiles(y: np.ndarray) -> tuple[float, float, float]:
+    """Of y by marker, (markers,), by the rule that Plotly draws boxes by."""
+    low, median, high = np.percentile(y, [25, 50, 75], method="hazen")
+    return float(low), float(median), float(high)
 
 
 def _state(suite: Suite, number: int, tables: dict[str, Table]) -> dict[str, Any]:

@@ -43,13 +43,11 @@ REPORT_JS = files("secateur.reports").joinpath("templates/report.js").read_text(
 
 def render_audit(result: AuditResult) -> str:
     """The report of an audit, as HTML."""
-    significant = sum(scenario.p_holm < 0.05 for scenario in result.scenarios)
     markers = [marker for group in result.suite.groups.values() for marker in group]
     return _render(
         "audit.html.j2",
         result.run,
         result=result,
-        significant=significant,
         example=_example(result.suite),
         figure=_picture(scenario_figure(result.scenarios)),
         distributions=_drawn(distributions(result.suite, markers, {"unpruned": result.table})),
@@ -72,7 +70,7 @@ def render_repair(result: RepairResult) -> str:
                 for kind, drawn in (("heads", heads_map), ("neurons", neurons_map))
                 if (figure := drawn(result.space, removed, rank, result.mask.action)) is not None
             },
-            "removed": removed_by_layer(removed),
+            "removed": removed_by_layer(result.space, removed, rank),
             "columns": COLUMNS,
         }
     return _render(
@@ -136,6 +134,7 @@ def _render(template: str, run: dict[str, Any], *, plots: bool = True, **content
     )
     scripts = [*([get_plotlyjs()] if plots else []), REPORT_JS]
     return environment.get_template(template).render(
+        plots=plots,
         version=secateur.__version__,
         date=date.today().isoformat(),
         scripts=Markup("\n").join(Markup(f"<script>{script}</script>") for script in scripts),
@@ -166,6 +165,7 @@ def _drawn(found: Distributions) -> dict[str, Any]:
         "names": found.names,
         "start": found.start,
         "states": found.states,
+        "spreads": found.spreads,
     }
 
 

@@ -117,17 +117,33 @@ def _told(kind: _Kind, layer: int, indices: list[int]) -> str:
     return f"{words}<br>score {', '.join(scores)}"
 
 
-def listed(indices: Sequence[int], most: int = NAMED) -> str:
-    """Numbers in words, the first of many only."""
-    shown = ", ".join(str(index) for index in sorted(indices)[:most])
+def listed(indices: Sequence[int], most: int = NAMED, scores: np.ndarray | None = None) -> str:
+    """Numbers in words, the first of many only, each with its score where there is one.
+
+    Parameters
+    ----------
+    scores: by number; NaN, infinite or None altogether for none.
+    """
+
+    def told(index: int) -> str:
+        return f"{index} ({scores[index]:.3g})" if scores is not None and np.isfinite(scores[index]) else str(index)
+
+    shown = ", ".join(told(index) for index in sorted(indices)[:most])
     return shown if len(indices) <= most else f"{shown} and {len(indices) - most} more"
 
 
-def removed_by_layer(removed: Sequence[Unit], most: int = 60) -> list[tuple[int, str, str]]:
-    """What a map shows, in text: layer, heads and neurons of every layer that lost some."""
+def removed_by_layer(
+    space: UnitSpace, removed: Sequence[Unit], rank: np.ndarray | None, most: int = 60
+) -> list[tuple[int, str, str]]:
+    """What a map marks, in text: layer, heads and neurons of every layer that lost some, with their scores."""
     layers: dict[int, dict[str, list[int]]] = defaultdict(lambda: {"head": [], "neuron": []})
     for unit in removed:
         layers[unit.layer][unit.kind].append(unit.index)
     return [
-        (layer, listed(found["head"], most), listed(found["neuron"], most)) for layer, found in sorted(layers.items())
+        (
+            layer,
+            listed(found["head"], most, None if rank is None else rank[space.head_slice(layer)]),
+            listed(found["neuron"], most, None if rank is None else rank[space.neuron_slice(layer)]),
+        )
+        for layer, found in sorted(layers.items())
     ]

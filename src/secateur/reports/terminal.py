@@ -81,7 +81,7 @@ def audit_table(result: AuditResult) -> Table:
     for heading in ("gap [95 %]", "SMD [95 %]", "null |SMD|", "p (Holm)"):
         table.add_column(heading, justify="right")
     for scenario in result.scenarios:
-        strong = "bold" if scenario.p_holm < 0.05 else "dim"
+        strong = "bold" if scenario.is_significant else "dim"
         table.add_row(
             escape(scenario.id),
             escape(f"{scenario.pair[0]} - {scenario.pair[1]}"),
@@ -97,12 +97,13 @@ def audit_table(result: AuditResult) -> Table:
 def audit_summary(result: AuditResult) -> list[str]:
     """The lines under an audit's table."""
     summary = result.summary
-    significant = sum(scenario.p_holm < 0.05 for scenario in result.scenarios)
+    significant = result.significant
     return [
         f"Suite bias B (mean SMD², noise subtracted): {interval_text(result.bias)}",
         f"Raw mean |SMD| {summary.mean_abs_smd:.2f} (shuffled labels: {summary.null_abs_smd:.2f}); "
         f"mean |gap| {summary.mean_abs_gap:.2f} (shuffled: {summary.null_abs_gap:.2f})",
-        f"{significant} of {len(result.scenarios)} scenarios differ between groups at p < 0.05 after Holm's correction",
+        f"{len(significant)} of {len(result.scenarios)} scenarios differ between groups at p < 0.05 after Holm's "
+        f"correction{': ' if significant else ''}{', '.join(significant)}",
         *_sampled_lines(result),
         f"{result.run['tokens_forward']:,} tokens forward in {result.run['seconds']:.0f} s",
     ]
@@ -112,17 +113,17 @@ def _sampled_lines(result: AuditResult) -> list[str]:
     check = result.sampled
     if check is None:
         return []
+    agreement = "cannot be computed" if check.agreement is None else f"is {check.agreement:.2f}"
     return [
         f"Sampled answers ({check.runs} a prompt, temperature {check.temperature:g}): {check.parsed:.0%} hold an "
-        f"amount; their correlation with the measured quantities is {check.agreement:.2f} (Spearman, mean over "
-        "scenarios)",
+        f"amount; their correlation with the measured quantities {agreement} (Spearman, mean over scenarios)",
     ]
 
 
 def repair_table(result: RepairResult) -> Table:
     """Every candidate of a repair on the select part, one line each."""
     table = Table(title="Candidates on the select part", box=box.SIMPLE_HEAD)
-    for heading in ("units", "heads", "neurons", "bias B", "mean |gap|", "perplexity", "at most"):
+    for heading in ("units", "heads", "neurons", "bias B", "mean |gap|", "perplexity", "95 % upper"):
         table.add_column(heading, justify="left" if heading == "units" else "right")
     for candidate in result.candidates:
         table.add_row(
@@ -183,7 +184,10 @@ def verification_lines(result: dict[str, Any]) -> list[str]:
         ]
         if amounts["bias"] is not None:
             bias = amounts["bias"]
-            lines.append(f"Bias B of answers {_interval(bias['before'])} -> {_interval(bias['after'])}")
+            lines.append(
+                f"Bias B of answers {_interval(bias['before'])} -> {_interval(bias['after'])}, "
+                f"change {_interval(bias['change'], '+')}"
+            )
     for name, title in (("open", "Open prompts     "), ("mentions", "Mentions         ")):
         if result[name]:
             same = sum(one["unchanged"] for one in result[name])
@@ -205,8 +209,8 @@ def _removed(units: dict[str, Any]) -> str:
     return f"{did} {heads} and {units['neurons']} of {units['neurons_total']:,} neurons"
 
 
-def _interval(figure: dict[str, float]) -> str:
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+def _interval(figure: dict[str, float], sign: str = "") -> str:
+    return f"{figure['value']:{sign}.2f} [{figure['low']:{sign}.2f}, {figure['high']:{sign}.2f}]"
 
 
 def _percent(figure: dict[str, float], digits: int = 0) -> str:

@@ -33,6 +33,8 @@ from secateur.progress import Progress
 from secateur.studies.record import Recorder
 from secateur.suites import Suite, suite_hash
 
+SIGNIFICANT = 0.05
+
 
 @dataclass(frozen=True)
 class ScenarioDisparity:
@@ -58,6 +60,11 @@ class ScenarioDisparity:
     p_value: float
     p_holm: float
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether the groups differ beyond chance, after the correction."""
+        return self.p_holm < SIGNIFICANT
+
 
 @dataclass(frozen=True)
 class SampledCheck:
@@ -67,13 +74,14 @@ class SampledCheck:
     ----------
     runs, temperature: answers to each prompt, and of the sampling.
     parsed: share of the answers that hold an amount.
-    agreement: mean over scenarios of Spearman's correlation of the sampled with the measured y.
+    agreement: mean over scenarios of Spearman's correlation of the sampled with the measured y; None where too few
+        answers hold an amount.
     """
 
     runs: int
     temperature: float
     parsed: float
-    agreement: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,11 @@ class AuditResult:
     run: dict[str, Any]
     selections: list[Selection] = field(default_factory=list)
     sampled: SampledCheck | None = None
+
+    @property
+    def significant(self) -> list[str]:
+        """The scenarios in which the groups differ beyond chance."""
+        return [scenario.id for scenario in self.scenarios if scenario.is_significant]
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
@@ -156,7 +169,7 @@ def audit(
         scenarios=describe_scenarios(suite, table, seed),
         table=table,
         run=recorder.describe(settings),
-        selections=selections(evaluator.prompts, evaluator.y()),
+        selections=selections(evaluator.prompts, evaluator.y(), seed),
         sampled=sampled,
     )
 
@@ -176,7 +189,8 @@ def _sample(evaluator: Evaluator, recorder: Recorder, runs: int, temperature: fl
         )
     scenarios = set(asked.scenarios)
     y = evaluator.y()[[prompt.scenario in scenarios for prompt in evaluator.prompts.prompts]]
-    return SampledCheck(runs, temperature, found.parsed, found.agreement(y))
+    agreement = found.agreement(y)
+    return SampledCheck(runs, temperature, found.parsed, agreement if np.isfinite(agreement) else None)
 
 
 def describe_scenarios(suite: Suite, table: Table, seed: int = 0) -> list[ScenarioDisparity]:

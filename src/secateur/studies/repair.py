@@ -267,8 +267,8 @@ def repair(
         test_after=describe_scenarios(suite, found.after, settings.seed),
         table_before=found.before,
         table_after=found.after,
-        selections_before=selections(parts.test.prompts, parts.test.y()),
-        selections_after=selections(parts.test.prompts, parts.test.y(mask)),
+        selections_before=selections(parts.test.prompts, parts.test.y(), settings.seed),
+        selections_after=selections(parts.test.prompts, parts.test.y(mask), settings.seed),
         verification=verification,
     )
 

@@ -163,13 +163,20 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation before and after; marker and group are None where the prompt mentions nobody."""
+    """A greedy continuation before and after.
+
+    Attributes
+    ----------
+    marker, group: whom the prompt mentions; None for nobody.
+    reply: the part of the prompt that the text carries on, such as "The plumber walked into the room and"; or "".
+    """
 
     prompt: str
     before: str
     after: str
     marker: str | None = None
     group: str | None = None
+    reply: str = ""
 
     @property
     def unchanged(self) -> bool:
@@ -178,7 +185,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Judged:
-    """A continuation with a classifier's scores, each 0 to 1: of the prompt alone, and of the text before and after."""
+    """A continuation with a classifier's scores, each 0 to 1: of the prompt alone, and the answer before and after."""
 
     continuation: Continuation
     prompt: float
@@ -393,8 +400,25 @@ def _tables(before: SampledAmounts, after: SampledAmounts) -> tuple[np.ndarray, 
     known = np.isfinite(one) & np.isfinite(other)
     share = prompts.table(known.astype(float))
     share = np.where(share > 0, share, np.nan)
-    first, second = (prompts.table(np.where(known, y, 0.0)) / share for y in (one, other))
+    first, second = (prompts.table(_on_one_level(prompts, y, known)) / share for y in (one, other))
     return first, second
+
+
+def _on_one_level(prompts: PromptSet, y: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """y with the mean of its scenario in place of that of its wording, (prompts,); 0 where it is not known.
+
+    Else a marker's mean would tell which wordings it answered with an amount, where some ask for more than others.
+    """
+    levelled = np.where(known, y, 0.0)
+    scenario, wording = (
+        np.array([getattr(prompt, name) for prompt in prompts.prompts]) for name in ("scenario", "paraphrase")
+    )
+    for number in prompts.scenarios:
+        answered = [known & (scenario == number) & (wording == one) for one in np.unique(wording)]
+        levels = {at: y[rows].mean() for at, rows in enumerate(answered) if rows.any()}
+        for at, level in levels.items():
+            levelled[answered[at]] += np.mean(list(levels.values())) - level
+    return levelled
 
 
 def _enough(answered: np.ndarray, groups: np.ndarray) -> bool:
@@ -497,14 +521,21 @@ def _continuations(
         with mask.applied(model):
             after = write(model, requests, new_tokens, batch_size=settings.batch_size, advance=advance)
     return [
-        Continuation(prompt.text, one, other, prompt.marker, prompt.group)
+        Continuation(prompt.text, one, other, prompt.marker, prompt.group, prompt.reply)
         for prompt, one, other in zip(prompts, before, after, strict=True)
     ]
 
 
 def judge_texts(continuations: Sequence[Continuation], classifier: Classifier, threshold: float) -> Guard:
-    """Score every continuation before and after, and its prompt alone."""
-    texts: list[Callable[[Continuation], str]] = [lambda c: c.prompt, lambda c: c.before, lambda c: c.after]
+    """Score every continuation before and after, and its prompt alone.
+
+    A continuation is read from the beginning of its answer, which says whom it is about.
+    """
+    texts: list[Callable[[Continuation], str]] = [
+        lambda c: c.prompt,
+        lambda c: _from_its_beginning(c.reply, c.before),
+        lambda c: _from_its_beginning(c.reply, c.after),
+    ]
     scores = [classifier.score([of(one) for one in continuations]) for of in texts]
     judged = [
         Judged(one, float(prompt), float(before), float(after))
@@ -520,6 +551,11 @@ def judge_texts(continuations: Sequence[Continuation], classifier: Classifier, t
         rose=sorted((found for found in judged if found.rise >= threshold), key=lambda found: -found.rise),
         groups={name: _group_scores(found, threshold) for name, found in groups.items()},
     )
+
+
+def _from_its_beginning(reply: str, text: str) -> str:
+    """An answer from its first word on; some tokenizers lose the space before the first word of a continuation."""
+    return f"{reply} {text}" if reply and text[:1].isalnum() else f"{reply}{text}"
 
 
 def _group_scores(judged: list[Judged], threshold: float) -> GroupScores:

@@ -49,8 +49,14 @@ for (const button of document.querySelectorAll("button.copy")) {
 
 // A printed page is narrower than most screens, and pictures have the width that they were drawn with.
 const fit = (size) => plots.forEach((plot) => Plotly.relayout(plot, size));
+const unfolded = []; // what a reader folded away is printed, too
 window.addEventListener("beforeprint", () => {
+  unfolded.push(...document.querySelectorAll("details:not([open])"));
+  unfolded.forEach((details) => { details.open = true; });
   plots.forEach(draw);
   fit({ width: 640 });
 });
-window.addEventListener("afterprint", () => fit({ width: null, autosize: true }));
+window.addEventListener("afterprint", () => {
+  unfolded.splice(0).forEach((details) => { details.open = false; });
+  fit({ width: null, autosize: true });
+});
