@@ -38,7 +38,7 @@ ALL_BUT = "all but "
 QUICK_MARKERS = 4
 QUICK_TEST_MARKERS = 6
 QUICK_TOKENS = 768
-QUICK_SCENARIOS = 6
+QUICK_SCENARIOS = 4
 SUITES_TO_JOIN = 3
 LEAST_TO_JUDGE = 5  # markers of every group, unless the whole test part has fewer
 
@@ -56,7 +56,7 @@ class GeneraliseSettings(StudySettings):
     random_draws: random masks of a choice's own size that are judged where it was fitted.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
     dealing: "by text", so that suites which share markers and wordings hold the same ones out.
-    quick: few markers, six scenarios of every suite and little text: minutes, wider intervals.
+    quick: few markers, four scenarios of every suite and little text: minutes, wider intervals.
     """
 
     dealing: Dealing = "by text"
