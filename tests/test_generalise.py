@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,7 @@ def test_an_interrupted_run_carries_on(
 ) -> None:
     run(call, tmp_path, tmp_path / "whole", "--modes", "across,joint", count=3)
     whole = json.loads((tmp_path / "whole" / "generalise.json").read_text())
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 3)
+    with interrupted_at(monkeypatch, 3):
         assert run(call, tmp_path, output, "--modes", "across,joint", count=3).status == 130
     assert "finished: attribution on one, attribution on two" in call("show", output).out
     assert "attribution on two" in call("runs", output.parent).out
@@ -145,8 +146,9 @@ def test_an_interrupted_run_carries_on(
         assert carried[key] == whole[key]
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> None:
-    """Let a study be interrupted when it comes to a fit."""
+@contextmanager
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> Iterator[None]:
+    """Let studies be interrupted when they come to a fit, while the context lasts."""
     fit, calls = study._Study._fit, iter(range(1, 100))
 
     def interrupted(self: Any, *arguments: Any, **options: Any) -> None:
@@ -154,15 +156,16 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> None:
             raise KeyboardInterrupt
         fit(self, *arguments, **options)
 
-    monkeypatch.setattr(study._Study, "_fit", interrupted)
+    with monkeypatch.context() as patched:
+        patched.setattr(study._Study, "_fit", interrupted)
+        yield
 
 
 def test_mean_ablation_carries_on_with_the_same_random_masks(
     tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(call, tmp_path, tmp_path / "whole", "--ablation", "mean", count=2)
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 2)
+    with interrupted_at(monkeypatch, 2):
         assert run(call, tmp_path, output, "--ablation", "mean", count=2).status == 130
     assert "repairs that are there: 1" in run(call, tmp_path, output, "--ablation", "mean", count=2).out
     whole, carried = (json.loads((path / "generalise.json").read_text()) for path in (tmp_path / "whole", output))
@@ -173,8 +176,7 @@ def test_mean_ablation_carries_on_with_the_same_random_masks(
 def test_another_command_leaves_an_interrupted_run_alone(
     tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 2)
+    with interrupted_at(monkeypatch, 2):
         run(call, tmp_path, output, count=2)
     assert "interrupted run with other settings" in run(call, tmp_path, output, "--seed", "1", count=2).refusal
     wrong = ("--methods", "attribution,random", "--set", "random.heads=9999")
@@ -188,8 +190,7 @@ def test_another_command_leaves_an_interrupted_run_alone(
 def test_a_fit_with_other_settings_of_its_method_is_made_again(
     tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 2)
+    with interrupted_at(monkeypatch, 2):
         run(call, tmp_path, output, count=2)
     assert run(call, tmp_path, output, "--set", "attribution.max_heads=2", count=2).status == 0
     fits = json.loads((output / "generalise.json").read_text())["fits"]

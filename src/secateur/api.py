@@ -20,7 +20,7 @@ from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
-from secateur.measures.splits import NOTHING_SEEN, split
+from secateur.measures.splits import NOTHING_SEEN
 from secateur.measures.utility import read_passages
 from secateur.models import LanguageModel, load
 from secateur.progress import Progress
@@ -235,13 +235,7 @@ def verification_of(
     asked, told = plan.held_out(None if suite is None else load_suite(suite), settings)
     told.pop("utility_text")
     told.setdefault("chat", plan.record.get("settings", {}).get("chat", "auto"))
-    _check_held_out(plan, asked, told)
     return asked, VerificationSettings(**told)
-
-
-def _check_held_out(plan: Plan, suite: Suite, settings: dict[str, Any]) -> None:
-    """Refuse a suite of which a plan leaves too little unseen."""
-    split(suite, settings["seed"], dealing=settings["dealing"]).without(suite, plan.seen(suite))
 
 
 def localise(
@@ -575,7 +569,6 @@ def slim(
     asked = None if suite is None and loaded is not None else load_suite(suite)
     if loaded is not None:
         asked, settings = loaded.held_out(asked, settings)
-        _check_held_out(loaded, asked, settings)
     suite = load_suite(asked)
     chosen = SlimSettings(**settings)
     chosen.check()

@@ -27,6 +27,7 @@ from scipy.stats import norm
 PERMUTATIONS = 400
 REPLICATES = 1000
 LEVEL = 0.95
+SIGNIFICANT = 0.05  # of p-values, after their correction
 # A resample may draw one marker only; a spread below this share of the scenario's own is not believed.
 SPREAD_FLOOR = 0.02
 

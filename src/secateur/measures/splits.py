@@ -41,7 +41,7 @@ class Splits:
 
     def describe(self, suite: Suite) -> dict[str, Any]:
         """Plain data for the record of a run: marker texts and paraphrase numbers by part."""
-        names = [marker for markers in suite.groups.values() for marker in markers]
+        names = suite.markers
         described: dict[str, Any] = {"seed": self.seed}
         for name in ("fit", "select", "test"):
             part: Part = getattr(self, name)
@@ -61,7 +61,7 @@ class Splits:
         ------
         SuiteError: too little is left of the suite.
         """
-        names, start = [marker for markers in suite.groups.values() for marker in markers], 0
+        names, start = suite.markers, 0
         markers = [marker for marker in self.test.markers if names[marker] not in seen.markers]
         for group, words in suite.groups.items():
             left = sum(start <= marker < start + len(words) for marker in markers)

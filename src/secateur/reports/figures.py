@@ -248,8 +248,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
     """Held-out change of B of one method, by source (rows) and target (columns); stars are proven."""
     cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
     targets = [suite.name for suite in result.suites]
-    others = sorted({source for source, _ in cells} - set(targets))
-    sources = [name for name in targets if any(source == name for source, _ in cells)] + others
+    sources = result.sources(name)
     grid = [[cells.get((source, target)) for target in targets] for source in sources]
 
     def change(reduction: float) -> float:

@@ -43,14 +43,13 @@ REPORT_JS = files("secateur.reports").joinpath("templates/report.js").read_text(
 
 def render_audit(result: AuditResult) -> str:
     """The report of an audit, as HTML."""
-    markers = [marker for group in result.suite.groups.values() for marker in group]
     return _render(
         "audit.html.j2",
         result.run,
         result=result,
         example=_example(result.suite),
         figure=_picture(scenario_figure(result.scenarios)),
-        distributions=_drawn(distributions(result.suite, markers, {"unpruned": result.table})),
+        distributions=_drawn(distributions(result.suite, result.suite.markers, {"unpruned": result.table})),
     )
 
 

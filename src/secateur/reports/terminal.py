@@ -281,8 +281,7 @@ def _matrix_table(result: GeneraliseResult, name: str) -> Table:
     for target in targets:
         table.add_column(escape(target.replace("-", "\n")), justify="right")
     cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
-    fitted = {source for source, _ in cells}
-    for source in [*(name for name in targets if name in fitted), *sorted(fitted - set(targets))]:
+    for source in result.sources(name):
         row = [cells.get((source, target)) for target in targets]
         table.add_row(escape(source), *("" if cell is None else _cell_text(cell) for cell in row))
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,17 @@ class Method:
             self.search.check(model, self.scorer, ablation)
         except SettingError as error:
             raise SettingError(f"{self.name}: {error}") from error
+
+
+def methods_of(names: Sequence[str], options: dict[str, dict[str, Any]], seed: int, quick: bool) -> list[Method]:
+    """The methods of a study by name, with their settings where some are given, seeded like the study.
+
+    Raises
+    ------
+    SettingError: see :func:`method`.
+    """
+    found = [method(name, options.get(name)).seeded(seed) for name in names]
+    return [one.quick() for one in found] if quick else found
 
 
 def method(name: str = DEFAULT_METHOD, options: dict[str, Any] | None = None) -> Method:

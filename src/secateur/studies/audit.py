@@ -10,6 +10,7 @@ import numpy as np
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.disparity import (
+    SIGNIFICANT,
     Interval,
     Statistic,
     SuiteBias,
@@ -32,8 +33,6 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.studies.record import Recorder
 from secateur.suites import Suite, suite_hash
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import notes_of
 from secateur.search.base import Problem
-from secateur.search.methods import METHODS, Method, method
+from secateur.search.methods import METHODS, Method, method, methods_of
 from secateur.studies.candidates import CandidateRecord, Candidates, Status
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
@@ -269,8 +269,7 @@ def check_methods(
     ------
     SettingError: one of these was asked for by name.
     """
-    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.names]
-    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
+    methods = methods_of(settings.names, settings.options, settings.seed, settings.quick)
     unsuited = {}
     for chosen in methods:
         try:

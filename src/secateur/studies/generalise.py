@@ -14,10 +14,10 @@ from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Interval, Table, compare, holm, p_value
 from secateur.measures.overlap import overlap
-from secateur.measures.splits import Dealing, Seen, split
+from secateur.measures.splits import NOTHING_SEEN, Dealing, Seen, split
 from secateur.models import LanguageModel
 from secateur.progress import Progress
-from secateur.search.methods import DEFAULT_METHOD, Method, method
+from secateur.search.methods import DEFAULT_METHOD, Method, method, methods_of
 from secateur.studies.advice import Advice, Use, advise
 from secateur.studies.candidates import Candidates
 from secateur.studies.leave_one_out import LeftOut, leave_one_out, with_holm
@@ -135,8 +135,7 @@ def check_methods(model: LanguageModel, suites: Sequence[Suite], settings: Gener
     ------
     SettingError: one of them cannot work on the model or a suite.
     """
-    methods = [method(name, settings.options.get(name)).seeded(settings.seed) for name in settings.methods]
-    methods = [chosen.quick() for chosen in methods] if settings.quick else methods
+    methods = methods_of(settings.methods, settings.options, settings.seed, settings.quick)
     for chosen in methods:
         for suite in suites:
             chosen.check(model, suite, settings.ablation)
@@ -484,15 +483,14 @@ class _Study:
 
     def _unseen(self, source: str, target: Suite) -> tuple[list[int], np.ndarray]:
         """What a source has neither fitted nor chosen by: rows of the target's scenarios; bool (markers,)."""
-        prompts, seen = self.parts[target.name].test.prompts, self.seen[source]
-        names = [marker for markers in target.groups.values() for marker in markers]
-        keep = np.array([source == target.name or names[marker] not in seen.markers for marker in prompts.markers])
+        prompts, names = self.parts[target.name].test.prompts, target.markers
+        seen = NOTHING_SEEN if source == target.name else self.seen[source]
+        keep = np.array([names[marker] not in seen.markers for marker in prompts.markers])
         dealt = self.parts[target.name].splits.test.paraphrases
         rows = [
             row
             for row, number in enumerate(prompts.scenarios)
-            if source == target.name
-            or not seen.wordings & {target.scenarios[number].paraphrases[one].text for one in dealt[number]}
+            if not seen.wordings & {target.scenarios[number].paraphrases[one].text for one in dealt[number]}
         ]
         return rows, keep
 

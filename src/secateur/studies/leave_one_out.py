@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from secateur.errors import NumericalError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.disparity import Comparison, Table, compare, corrected_choice, holm, p_value
 from secateur.scoring.base import UnitKind
@@ -175,10 +174,8 @@ class _Run:
 
 def _measured(part: Evaluator, mask: Mask, *, utility: bool = False) -> Table | None:
     """Answers under a mask; None where they are not finite."""
-    try:
-        return part.evaluate(mask, utility=utility).table
-    except NumericalError:
-        return None
+    found = next(part.evaluate_each([mask], utility=utility))
+    return None if found is None else found.table
 
 
 def _stacked(tables: list[Table]) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.attenuation import Attenuation
 from secateur.errors import MaskError, SettingError, SuiteError
 from secateur.files import to_json, write_text
-from secateur.measures.splits import Seen
+from secateur.measures.splits import NOTHING_SEEN, Seen, split
 from secateur.models import LanguageModel
 from secateur.suites import Suite, load_suite, suite_hash
 from secateur.weights import AnyMask, WeightMask, load_mask
@@ -65,7 +65,7 @@ class Plan:
 
         None of its own suite: there :meth:`held_out` keeps test apart.
         """
-        return Seen() if suite.name == self.record.get("suite") else Seen.of(self.record.get("splits", {}))
+        return NOTHING_SEEN if suite.name == self.record.get("suite") else Seen.of(self.record.get("splits", {}))
 
     def held_out(self, suite: Suite | None, settings: dict[str, Any]) -> tuple[Suite, dict[str, Any]]:
         """Suite and settings under which the test parts of suite and text are those that the plan has not seen.
@@ -78,6 +78,7 @@ class Plan:
         Raises
         ------
         SettingError: the plan's suite is not there as it was, or a setting would test on what the plan was fitted on.
+        SuiteError: too little of the suite is left to test on.
         """
         told = self.record.get("settings", {})
         if suite is None:
@@ -102,7 +103,9 @@ class Plan:
                 )
         if suite.name == self.record.get("suite") and told.get("suite_hash", suite_hash(suite)) != suite_hash(suite):
             raise SettingError(f"The suite '{suite.name}' has changed since the plan was made.")
-        return suite, {**chosen, "seed": chosen["seed"] or 0, "dealing": chosen["dealing"] or "shuffled"}
+        chosen |= {"seed": chosen["seed"] or 0, "dealing": chosen["dealing"] or "shuffled"}
+        split(suite, chosen["seed"], dealing=chosen["dealing"]).without(suite, self.seen(suite))
+        return suite, chosen
 
 
 def _removed(mask: AnyMask) -> dict[str, Any]:

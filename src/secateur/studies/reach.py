@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval
 from secateur.measures.overlap import Overlap
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
@@ -17,7 +17,6 @@ from secateur.studies.leave_one_out import LeftOut
 from secateur.suites import Suite
 
 GENERALISE_FORMAT = "secateur-generalise-2"
-ALPHA = 0.05
 Relation = Literal["own", "across", "attributes", "languages", "joint", "random"]
 
 
@@ -114,7 +113,7 @@ class Cell:
         """Whether there was a bias, it fell, all cells taken into account, by more than under random masks, and
         perplexity kept to the limit."""
         beats_random = self.random is None or self.reduction.value > self.random
-        fell = self.change.value < 0 and self.p_holm < ALPHA
+        fell = self.change.value < 0 and self.p_holm < SIGNIFICANT
         return self.to_repair and fell and beats_random and not self.over_limit
 
 
@@ -164,6 +163,12 @@ class GeneraliseResult:
     @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(fit.method for fit in self.fits))
+
+    def sources(self, name: str) -> list[str]:
+        """What a method was fitted on and judged: the suites in their order, then joint sources and random masks."""
+        found = {cell.source for cell in self.cells if cell.method == name}
+        suites = [suite.name for suite in self.suites if suite.name in found]
+        return [*suites, *sorted(found - set(suites))]
 
     def mean_reduction(self, name: str, relation: Relation) -> float | None:
         """Mean over the cells of one relation, of targets with a bias before and with one difference at most.

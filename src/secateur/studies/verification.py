@@ -414,10 +414,11 @@ def _on_one_level(prompts: PromptSet, y: np.ndarray, known: np.ndarray) -> np.nd
         np.array([getattr(prompt, name) for prompt in prompts.prompts]) for name in ("scenario", "paraphrase")
     )
     for number in prompts.scenarios:
-        answered = [known & (scenario == number) & (wording == one) for one in np.unique(wording)]
-        levels = {at: y[rows].mean() for at, rows in enumerate(answered) if rows.any()}
-        for at, level in levels.items():
-            levelled[answered[at]] += np.mean(list(levels.values())) - level
+        asked = [known & (scenario == number) & (wording == one) for one in np.unique(wording)]
+        answered = [rows for rows in asked if rows.any()]
+        levels = [y[rows].mean() for rows in answered]
+        for rows, level in zip(answered, levels, strict=True):
+            levelled[rows] += np.mean(levels) - level
     return levelled
 
 

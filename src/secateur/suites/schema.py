@@ -143,6 +143,11 @@ class Suite(Strict):
     scenarios: Annotated[list[Scenario], Field(min_length=1)]
 
     @property
+    def markers(self) -> list[str]:
+        """The markers of all groups, in their flat order."""
+        return [marker for markers in self.groups.values() for marker in markers]
+
+    @property
     def marks_prompts(self) -> bool:
         """Whether a marker stands in any prompt, not in answers alone."""
         return any(SLOT in p.prompt + p.reply for scenario in self.scenarios for p in scenario.paraphrases)
