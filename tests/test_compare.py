@@ -20,8 +20,10 @@ from secateur.api import compare as compare_again
 from secateur.errors import NumericalError, SettingError
 from secateur.evaluation import Evaluator
 from secateur.measures.disparity import Interval
+from secateur.scoring.name_attention import NameAttention
 from secateur.search.methods import METHODS, method
 from secateur.studies.compare import CompareSettings, MethodResult
+from secateur.studies.parts import Parts
 
 HEADS, NEURONS = 8, 96
 COMPARED = ("attribution", "random")
@@ -108,6 +110,59 @@ def test_a_mask_that_leaves_no_finite_answer_is_over_the_limit(monkeypatch: pyte
     fields = json.loads((tmp_path / "run" / "compare.json").read_text())["methods"][0]
     again = MethodResult.from_dict(fields)
     assert [c.perplexity_increase for c in again.candidates] == [c.perplexity_increase for c in found.candidates]
+
+
+def test_what_shows_late_ends_one_method_and_not_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path
+) -> None:
+    def late(self: Any, *arguments: Any) -> Any:
+        raise SettingError("No prompt has tokens after its marker; use another method.")
+
+    def destroyed(*arguments: Any) -> Any:
+        raise NumericalError("not finite")
+
+    monkeypatch.setattr(NameAttention, "score", late)
+    monkeypatch.setattr("secateur.studies.compare.examine", destroyed)
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    told = {"utility_text": write_text(tmp_path), "control_suite": None, "max_perplexity_increase": 5}
+    result = compare_again(
+        model, write_suite(tmp_path), methods=("name-attention", "attribution"), output=output, **told
+    )
+    found = {one.name: one for one in result.methods}
+    assert found["name-attention"].status == "does not apply"
+    assert found["name-attention"].notes[0].startswith("name-attention: No prompt has tokens after its marker; use")
+    assert found["attribution"].status == "chosen"
+    assert found["attribution"].over_limit
+    assert "no finite answers on the test part" in found["attribution"].faults[0]
+    assert "no finite answers on the test part" in (output / "report.html").read_text()
+
+
+def test_random_draws_are_no_cost_of_the_method(tmp_path: Path) -> None:
+    told = {"utility_text": write_text(tmp_path), "control_suite": None, "max_perplexity_increase": 5}
+    costs = []
+    for draws in (1, 4):
+        model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+        result = compare_again(model, write_suite(tmp_path), methods=("random",), random_draws=draws, **told)
+        (found,) = result.methods
+        costs.append((found.tokens_forward, found.draw_tokens))
+        assert result.run["tokens_forward"] == model.usage.forward
+    assert costs[0][0] == costs[1][0]
+    assert costs[1][1] == 4 * costs[0][1] > 0
+    row = next(csv.DictReader(result.csv().splitlines()))
+    assert int(row["random_draws"]) == 4
+    assert float(row["random_lowest"]) <= float(row["random_mean"]) <= float(row["random_highest"])
+
+
+def test_tokens_to_find_units_hold_the_trials(tmp_path: Path) -> None:
+    """All that attribution forwards, but for what it measures on select and test."""
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    settings = CompareSettings(
+        methods=("attribution",), max_perplexity_increase=5, control_suite=None, utility_text=write_text(tmp_path)
+    )
+    (found,) = compare_again(model, write_suite(tmp_path), **asdict(settings)).methods
+    parts = Parts.prepare(model, secateur.load_suite(write_suite(tmp_path)), settings)
+    measured = len(found.candidates) * parts.select.tokens + (found.status == "chosen") * parts.test.tokens
+    assert found.tokens_forward - found.localise_tokens == measured
 
 
 def test_a_choice_that_breaks_the_limit_on_test_comes_after_those_that_keep_to_it() -> None:
@@ -211,7 +266,8 @@ def test_bad_settings_of_a_comparison(
 
 def test_quick_takes_less_of_everything() -> None:
     quick = CompareSettings(quick=True).reduced()
-    assert (quick.max_markers, quick.max_test_markers, quick.utility_tokens, quick.random_draws) == (6, 8, 1024, 5)
+    assert (quick.max_markers, quick.max_test_markers, quick.utility_tokens, quick.random_draws) == (6, 10, 1536, 5)
+    assert quick.control_prompts == 48
     assert CompareSettings(max_markers=3, quick=True).reduced().max_markers == 3
     assert CompareSettings().reduced() == CompareSettings()
 

@@ -100,6 +100,17 @@ def test_two_counts_in_a_row_over_the_limit_end_a_kind_alone(within: list[bool],
     assert sizes(found, "neurons") == [4, 8, 16, 32, 64]  # one head count over the limit does not count here
 
 
+def test_patience_says_how_many_over_the_limit_end_a_range() -> None:
+    impatient = proposed(Counts(head_start=1, factor=2, patience=1), Scored(ranks(0)), [True, False] + [True] * 10)
+    assert sizes(impatient, "heads") == [1, 2]
+    assert Counts().quick().patience == 1
+
+
+def test_a_range_that_would_begin_above_the_units_is_refused() -> None:
+    with pytest.raises(SettingError, match="so 'head_start' cannot be 9"):
+        method("random", {"head_start": 9}).check(tiny_model(), SUITE)
+
+
 def test_a_count_is_tried_alone_and_zero_leaves_a_kind_out() -> None:
     found = proposed(Counts(heads=3, neurons=0), Scored(ranks(0)))
     assert [(selection.kind, len(selection.removed)) for selection in found] == [("heads", 3)]
@@ -119,7 +130,9 @@ def test_a_count_above_the_units_is_refused_at_the_door(setting: str) -> None:
     space = UnitSpace.of(model)
     number = {"heads": space.n_heads, "neurons": space.n_neurons}[setting]
     method("random", {setting: number}).check(model, SUITE)
-    with pytest.raises(SettingError, match=f"^random: the model has {number} {setting}, so {number + 1} of them"):
+    with pytest.raises(
+        SettingError, match=f"^random: the model has {number} {setting}, so '{setting}' cannot be {number + 1}"
+    ):
         method("random", {setting: number + 1}).check(model, SUITE)
 
 

@@ -24,6 +24,7 @@ from secateur.attenuation import Attenuation
 from secateur.errors import MaskError, OutputError, SettingError
 from secateur.models import LanguageModel
 from secateur.reports.card import render_card
+from secateur.scoring.magnitude import head_norms
 from secateur.surgery import FORMATS, check_export, write_compact, write_uniform
 from secateur.surgery.sizes import evenly, exactly, widest
 from secateur.units import ActivationMeans, Mask, UnitSpace, masked
@@ -117,6 +118,14 @@ def test_compact_heads_that_share_a_kv_head_may_go_in_any_number(
     torch.testing.assert_close(logits(other), logits(model, mask), rtol=0, atol=1e-4)
     assert UnitSpace.of(other).heads == (4 - len(lost), 4)
     assert UnitSpace.of(other).kv_heads == (len({head // 2 for head in range(4) if head not in lost}), 2)
+
+
+def test_the_norms_of_heads_are_those_before_where_groups_differ_in_size(tmp_path: Path) -> None:
+    model = tiny_model("llama")  # four heads, two KV heads
+    write_compact(model, Mask.removing(model, [3]), tmp_path)
+    compact = secateur.load(tmp_path, device="cpu")
+    assert compact.heads_per_layer[0] == 3
+    torch.testing.assert_close(head_norms(compact, 0), head_norms(model, 0)[:3])
 
 
 def test_a_compact_model_generates_with_its_cache_as_without(tmp_path: Path) -> None:

@@ -79,7 +79,11 @@ def test_attribution_agrees_with_switching_units_off(model: secateur.LanguageMod
     change = np.array([disparity(fit.evaluate(Mask.removing(model, [u])).table) - before for u in units])
     assert len(set(units)) == 64
     large = np.abs(change) > np.median(np.abs(change))
-    assert spearmanr(effect[units], change).statistic > 0.8
+    # Each kind apart: the difference in size between heads and neurons alone would give a high one of all.
+    for stratum in np.split(np.arange(64), [24, 44]):
+        found = spearmanr(effect[units[stratum]], change[stratum]).statistic
+        print(f"Spearman of {len(stratum)} units: {found:.3f}")
+        assert found > 0.9
     assert (np.sign(effect[units]) == np.sign(change))[large].mean() > 0.9
 
 

@@ -506,6 +506,13 @@ def test_judge_not_verified(
         assert reason in explanation
 
 
+def test_nothing_is_proven_beside_random_masks_that_all_destroy_the_model() -> None:
+    verdict, explanation = judge(GOOD, CHEAP, [], 0.02)
+    assert verdict == "not verified"
+    assert explanation.count("under every random mask of the same size the model gave no finite answers") == 2
+    assert "nan" not in explanation
+
+
 def test_a_bias_that_grew_is_said_to_have_risen() -> None:
     _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), CHEAP, RANDOM, 0.02)
     assert "the bias rose by 20% (95 % interval of the change -10% to +50%), perplexity" in explanation
@@ -530,7 +537,7 @@ def candidate(increase: float, within: bool) -> CandidateRecord:
 
 
 def test_why_nothing() -> None:
-    assert "No unit's removal is predicted to lower the bias" in why_nothing([], 0.02)
+    assert "The method proposes nothing" in why_nothing([], 0.02)
     costly = why_nothing([candidate(0.08, False), candidate(0.05, False)], 0.025)
     assert "the cheapest raises perplexity by 5.00% (up to 6.00%), the limit is 2.5%" in costly
     assert "--max-perplexity-increase" in costly

@@ -90,13 +90,6 @@ def test_flat_refuses_units_that_do_not_exist(space: UnitSpace, kind: Any, layer
         space.flat(Unit(kind, layer, index))
 
 
-def test_kv_groups() -> None:
-    grouped = UnitSpace.of(tiny_model("llama"))
-    assert [grouped.kv_group(Unit("head", 0, head)) for head in range(4)] == [0, 0, 1, 1]
-    single = UnitSpace.of(tiny_model("falcon"))
-    assert [single.kv_group(Unit("head", 0, head)) for head in range(4)] == [0, 0, 0, 0]
-
-
 @given(masks())
 @settings(deadline=None)
 def test_mask_file_round_trip(drawn: list[Mask]) -> None:

@@ -22,7 +22,7 @@ from secateur.measures.utility import activation_means, cut
 from secateur.models import LanguageModel
 from secateur.scoring.wanda_difference import WandaDifference, WandaScores
 from secateur.search.base import Outcome, Problem, Selection
-from secateur.search.percent_difference import GRID, PercentDifference, difference, top
+from secateur.search.percent_difference import GRID, PUBLISHED, PercentDifference, difference, top
 from secateur.suites import Suite
 from secateur.units import Mask, UnitSpace, masked
 from secateur.weights import linear_layers, weight_matrix
@@ -262,13 +262,14 @@ def test_everything_and_nothing() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])
-def test_the_grid_ends_after_two_over_the_limit(granularity: Any) -> None:
+def test_after_two_over_the_limit_only_the_published_pair_is_tried(granularity: Any) -> None:
     scorer = WandaDifference(granularity=granularity)
     every = proposed(PercentDifference(), scorer)
     pairs = [(s.knobs["p"], s.knobs["q"]) for s in every]
     assert len(pairs) > 2
     assert pairs == [pair for pair in GRID if pair in pairs]
-    assert len(proposed(PercentDifference(), scorer, (False, False, True, True))) == 2
+    tried = proposed(PercentDifference(), scorer, (False, False, True, True))
+    assert [(s.knobs["p"], s.knobs["q"]) for s in tried] == list(dict.fromkeys([*pairs[:2], PUBLISHED[granularity]]))
     assert len(proposed(PercentDifference(), scorer, (False, True, False, True))) == len(every)
 
 
@@ -282,6 +283,14 @@ def test_one_percentage_alone_is_refused(options: dict[str, float]) -> None:
 def test_percentages_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="should be"):
         PercentDifference(**options)
+
+
+@pytest.mark.parametrize(("granularity", "least"), [("neuron", 2.09), ("weight", 2.09)])
+def test_a_top_without_a_unit_is_refused(granularity: Any, least: float) -> None:
+    scorer = WandaDifference(granularity=granularity)
+    with pytest.raises(SettingError, match=f"less than one {granularity}; set p to {least} or more"):
+        PercentDifference(p=0.5, q=0).check(problem_of().model, scorer, "zero")
+    PercentDifference(p=least, q=0).check(problem_of().model, scorer, "zero")
 
 
 def test_weights_with_mean_ablation_are_refused_before_any_scoring() -> None:

@@ -115,10 +115,6 @@ class UnitSpace:
         layer = int(np.searchsorted(starts, flat, side="right")) - 1
         return Unit(kind, layer, int(flat) - starts[layer])
 
-    def kv_group(self, unit: Unit) -> int:
-        """The key/value head that a query head shares."""
-        return unit.index // (self.heads[unit.layer] // self.kv_heads[unit.layer])
-
 
 @dataclass(frozen=True, eq=False)
 class ActivationMeans:

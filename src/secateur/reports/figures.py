@@ -222,11 +222,11 @@ def _bar(value: float, low: float, high: float, scale: float) -> dict[str, Any]:
 
 
 def cost_figure(methods: list[MethodResult]) -> go.Figure:
-    """Tokens by every method: forward to score the units and to choose, and backward."""
+    """Tokens by every method: forward to find the units and to choose, and backward."""
     names = [plain(found.name) for found in methods]
     figure = go.Figure()
     parts = (
-        ("to score the units", AFTER, [found.localise_tokens for found in methods]),
+        ("to find the units", AFTER, [found.localise_tokens for found in methods]),
         ("to choose and to judge", NEUTRAL, [found.tokens_forward - found.localise_tokens for found in methods]),
         ("backward", BEFORE, [found.tokens_backward for found in methods]),
     )

@@ -153,7 +153,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
             _removed(units),
             f"Held-out bias B   {_interval(test['bias_before'])} -> {_interval(test['bias_after'])}",
             f"Reduction         {_percent(test['reduction'])}",
-            f"Random masks      {_percent(test['random_reduction'])} (mean, smallest and largest draw)",
+            *_random_line(test),
             f"Perplexity        {utility['perplexity_before']:.2f} -> {utility['perplexity_after']:.2f}, "
             f"{_percent(utility['perplexity_increase'], 2)}; KL {utility['kl']:.4f} nats per token",
         ]
@@ -209,6 +209,12 @@ def _removed(units: dict[str, Any]) -> str:
     return f"{did} {heads} and {units['neurons']} of {units['neurons_total']:,} neurons"
 
 
+def _random_line(test: dict[str, Any]) -> list[str]:
+    if "random_reduction" not in test:
+        return []
+    return [f"Random masks      {_percent(test['random_reduction'])} (mean, smallest and largest draw)"]
+
+
 def _interval(figure: dict[str, float], sign: str = "") -> str:
     return f"{figure['value']:{sign}.2f} [{figure['low']:{sign}.2f}, {figure['high']:{sign}.2f}]"
 
@@ -222,11 +228,12 @@ def compare_table(result: CompareResult) -> Table:
     title = f"{escape(result.suite.name)} on {escape(result.model)}, held out, limit {result.limit:+.1%} perplexity"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
-    headings = ("heads\nneurons", "B was\nis", "reduction\n%", "perplexity\n%", "control", "tokens\nrun", "s")
+    headings = ("heads\nneurons", "B was\nis", "reduction\n%", "perplexity\n%", "control", "forward\nback", "s")
     for heading in headings:
         table.add_column(heading, justify="right")
     for found in result.methods:
-        cost = (f"{found.tokens_forward / 1000:,.0f}k", f"{found.seconds:.0f}")
+        tokens = f"{found.tokens_forward / 1000:,.0f}k\n{found.tokens_backward / 1000:,.0f}k"
+        cost = (tokens, f"{found.seconds:.0f}")
         bias = found.bias_before, found.bias_after
         if bias[0] is None or bias[1] is None or found.reduction is None or found.perplexity_increase is None:
             table.add_row(found.name, "", "", found.status, "", "", *cost, style="dim")
@@ -237,7 +244,7 @@ def compare_table(result: CompareResult) -> Table:
             f"{bias[0].value:.2f}\n{bias[1].value:.2f}",
             _stacked(found.reduction, 0),
             _stacked(found.perplexity_increase, 1),
-            "" if found.control_change is None else f"{found.control_change.value:+.2f}",
+            "" if found.control_change is None else _stacked(found.control_change, 2, scale=1),
             *cost,
         )
     return table
@@ -247,9 +254,9 @@ def _how(found: MethodResult) -> str:
     return "" if found.action == "removed" else f"\n{found.action}"
 
 
-def _stacked(interval: Interval, digits: int) -> str:
-    """Percent on one line, the interval below."""
-    value, low, high = (f"{100 * number:.{digits}f}" for number in (interval.value, interval.low, interval.high))
+def _stacked(interval: Interval, digits: int, scale: float = 100) -> str:
+    """A figure, in percent by default, on one line and the interval below."""
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (interval.value, interval.low, interval.high))
     return f"{value}\n[{low}, {high}]"
 
 

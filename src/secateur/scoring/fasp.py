@@ -1,6 +1,8 @@
-"""``fasp``: bias and perplexity with every head alone removed (Zayed et al., AAAI 2024).
+"""``fasp``: bias and perplexity with every head alone removed.
 
-For head h, b_h is the bias and p_h the perplexity of the model without h, each the mean over a few seeds. The
+For head h, b_h = mean over seeds s of bias_s(model without h) and p_h = mean over s of perplexity_s(model without h):
+Zayed, Mordido, Shabanian, Baldini and Chandar, "Fairness-Aware Structured Pruning in Transformers" (AAAI 2024, arXiv
+2312.15398). What is removed is chosen from b and p by :class:`secateur.search.protected.Protected`. The
 paper takes b from a toxicity classifier on sampled continuations of HolisticBias prompts, and a seed
 draws the samples. What is ours:
 

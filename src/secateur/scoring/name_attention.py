@@ -43,7 +43,8 @@ class NameAttention(Settings):
 
     Attributes
     ----------
-    variant: "mean" or "max" over the pairs of query and key tokens of one prompt.
+    variant: "mean" or "max" over the pairs of query and key tokens of one prompt. The paper has both; the mean is our
+        default, since a single pair decides less.
 
     Scenarios whose markers stand in the answers only, or at the very end of the prompt, are left out.
     """

@@ -65,10 +65,11 @@ class WandaDifference(Settings):
     ----------
     granularity: "neuron" or "weight", what is to be removed. Weights are those of all linear layers
         inside the decoder blocks. A neuron's score is the sum of S over its weights: its gate and up
-        rows (its one row, where the MLP is no GLU) and its column of the output projection.
+        rows (its one row, where the MLP is no GLU) and its column of the output projection. The paper removes
+        neurons, an earlier prototype of its authors weights; the default is the paper's.
     intersection: keep the scores of the scenarios apart; a search then takes only what is in the
-        difference under every one of them (the method's generalised form). Default: one score over
-        the prompts of all scenarios.
+        difference under every one of them (the method's generalised form). The default, as for the paper's repairs of a
+        single context: one score over the prompts of all scenarios.
 
     The paper leaves open, and these are our choices: the calibration prompts are the fit prompts up to the
     answer, each a sequence of its own, padding not counted; for a likelihood pair, whose sentences hold the

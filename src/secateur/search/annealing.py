@@ -28,9 +28,10 @@ from secateur.progress import Advance
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
 from secateur.scoring.surrogate import Surrogate, train
-from secateur.search.base import Problem, Proposals, Selection
+from secateur.search.base import Problem, Proposals, Selection, check_counts
 from secateur.search.chains import Cooling, StateEnergy, anneal
 from secateur.search.elimination import ranking
+from secateur.units import UnitSpace
 from secateur.weights import AnyMask
 
 # Prices of log-perplexity against bias: each gives its own end of the Pareto front.
@@ -97,6 +98,7 @@ class Annealing(Settings):
     caution: weight of an ensemble's disagreement, in standard deviations.
     chains, steps, cooling: of the annealing.
     markers: of each group in the draw of prompts, from all scenarios. windows: of the neutral text.
+    race: how many times as many states as are measured are looked at on a slice of the draw first; 1 for no race.
     finalists: masks of the Pareto front that are measured on select.
     seed: of all draws; that of the study unless it is set.
 
@@ -123,7 +125,8 @@ class Annealing(Settings):
         return {"evaluations": 48, "rounds": 3, "markers": 4, "windows": 3, "finalists": 4}
 
     def check(self, model: LanguageModel, scorer: Attribution, ablation: str) -> None:
-        """Every model will do."""
+        """Refuse counts above what there is."""
+        check_counts(self, UnitSpace.of(model), heads="heads", neurons="neurons")
 
     def proposals(self, problem: Problem, scorer: Attribution) -> Proposals:
         """The Pareto front, the least bias first; one end of a range of counts where too much is proposed."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from secateur.attenuation import Attenuation
+from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.models import LanguageModel
 from secateur.progress import Advance
-from secateur.scoring.base import Scorer, Scores
+from secateur.scoring.base import Scorer, Scores, Settings, UnitKind
 from secateur.units import ActivationMeans, Mask, Unit, UnitSpace
 from secateur.weights import AnyMask, WeightMask
 
@@ -70,7 +71,8 @@ class Problem:
     means: for mean ablation.
     limit: the utility limit, relative; select and test, not the search, decide whether a mask keeps to it.
     scores: of the unpruned model, once they are known.
-    localise_tokens: tokens that were forwarded to score units, the rounds of a search included.
+    localise_tokens: tokens that were forwarded to find the units, the rounds and the trials of a search included, but
+        not what is measured on select.
     """
 
     model: LanguageModel
@@ -97,13 +99,39 @@ class Problem:
     def score(self, scorer: Scorer, mask: Mask | None = None, fold: int | None = None) -> Any:
         """Score the model as it is under a mask, on all of fit or on one fold; keep those of the unpruned model."""
         fit = self.fit if fold is None else self.folds[fold % len(self.folds)]
-        before = self.model.usage.copy()
-        with self.step("Score every unit", scorer.work(fit)) as advance:
+        with self.localising(), self.step("Score every unit", scorer.work(fit)) as advance:
             scores = scorer.score(fit, mask, self.means, advance)
-        self.localise_tokens += self.model.usage.since(before).forward
         if mask is None:
             self.scores = scores
         return scores
+
+    @contextmanager
+    def localising(self) -> Iterator[None]:
+        """Count what is forwarded inside among the tokens that finding the units takes."""
+        before = self.model.usage.copy()
+        yield
+        self.localise_tokens += self.model.usage.since(before).forward
+
+
+def check_counts(settings: Settings, space: UnitSpace, **kinds: UnitKind) -> None:
+    """Refuse counts that a user has set above what the model has.
+
+    Parameters
+    ----------
+    kinds: by setting, the kind of units that it counts.
+
+    Raises
+    ------
+    SettingError: names the setting and a count that will do.
+    """
+    available = {"heads": space.n_heads, "neurons": space.n_neurons}
+    for name, kind in kinds.items():
+        asked = getattr(settings, name)
+        if name in settings.model_fields_set and asked is not None and asked > available[kind]:
+            raise SettingError(
+                f"the model has {available[kind]:,} {kind}, so '{name}' cannot be {asked:,}; set it to "
+                f"{available[kind] // 2:,} or less."
+            )
 
 
 class Search(Protocol):

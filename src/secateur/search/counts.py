@@ -10,10 +10,8 @@ from pydantic import Field
 from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.base import Ranking, Scorer, Settings
-from secateur.search.base import CandidateKind, Problem, Proposals, Selection
+from secateur.search.base import CandidateKind, Problem, Proposals, Selection, check_counts
 from secateur.units import UnitSpace
-
-PATIENCE = 2
 
 
 class Counts(Settings):
@@ -24,9 +22,11 @@ class Counts(Settings):
     heads, neurons: try this count only; 0 leaves the kind out; None tries a geometric range.
     head_start, neuron_start: the smallest counts of the range.
     factor: ratio of one count to the one before.
+    patience: how many counts in a row that break the utility limit end a range; one may do so by chance.
 
-    A range ends at half of the units that are scored, or after two counts in a row that break the utility limit.
-    Where the ranges start and end is ours: few enough to do no harm, and more than any model can do without.
+    A range ends at half of the units that are scored at the latest. All of this is ours: starts few enough to do no
+    harm, ends beyond what a model can do without, and a factor that takes a handful of measurements from the one to
+    the other.
 
     Raises
     ------
@@ -39,27 +39,25 @@ class Counts(Settings):
     head_start: Annotated[int, Field(ge=1)] = 1
     neuron_start: Annotated[int, Field(ge=1)] = 4
     factor: Annotated[float, Field(gt=1)] = 4.0
+    patience: Annotated[int, Field(ge=1)] = 2
 
     def model_post_init(self, context: object) -> None:
         if self.heads == 0 and self.neurons == 0:
             raise SettingError("heads and neurons are both 0, so there would be no candidate.")
 
     def cheaper(self) -> dict[str, Any]:
-        return {"factor": 8.0}
+        return {"factor": 8.0, "patience": 1}
 
     def check(self, model: LanguageModel, scorer: Scorer, ablation: str) -> None:
         """Refuse counts above what there is or is scored."""
-        space = UnitSpace.of(model)
-        asked = {"heads": (self.heads, space.n_heads), "neurons": (self.neurons, space.n_neurons)}
-        for kind, (count, available) in asked.items():
+        asked = {"heads": self.heads, "neurons": self.neurons}
+        for kind, count in asked.items():
             if count and kind not in scorer.kinds:
                 raise SettingError(f"the method scores {scorer.kinds[0]} only; leave the setting '{kind}' out.")
-            if count is not None and count > available:
-                raise SettingError(
-                    f"the model has {available:,} {kind}, so {count:,} of them cannot be removed; set '{kind}' to "
-                    f"{available // 2:,} or less."
-                )
-        if all(asked[kind][0] == 0 for kind in scorer.kinds):
+        check_counts(
+            self, UnitSpace.of(model), heads="heads", head_start="heads", neurons="neurons", neuron_start="neurons"
+        )
+        if all(asked[kind] == 0 for kind in scorer.kinds):
             raise SettingError(f"'{scorer.kinds[0]}' is 0, and the method scores no others; leave the setting out.")
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
@@ -77,7 +75,7 @@ class Counts(Settings):
         for count in counts:
             outcome = yield Selection(kind, order[:count], {"count": count})
             over = 0 if outcome.within_limit else over + 1
-            if over == PATIENCE:
+            if over == self.patience:
                 return
 
 

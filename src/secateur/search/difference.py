@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.base import Ranking, Scorer, Settings
-from secateur.search.base import Problem, Proposals, Selection
+from secateur.search.base import Problem, Proposals, Selection, check_counts
 from secateur.units import UnitSpace
 
+# The published pair is the last.
 TOPS = (2, 5, 10, 20, 40)
 EXCLUDED = (40, 20, 5)
 
@@ -29,7 +29,8 @@ class SetDifference(Settings):
     The published counts (Ma et al., FAccT 2025) are 40 and 5. A suite whose groups are read alike leaves few heads
     where much is excluded and almost ``top`` where little is; so a short grid, ours, begins with the heads that are
     most the minority's own. For every ``exclude``, ``top`` grows until a proposal breaks the
-    utility limit. Counts of the grid above half of the heads become half of them.
+    utility limit; the published pair is proposed in any case. Counts of the grid above half of the heads become half
+    of them.
     """
 
     top: Annotated[int | None, Field(ge=1)] = None
@@ -45,12 +46,7 @@ class SetDifference(Settings):
         ------
         SettingError: more heads are asked for than the model has.
         """
-        heads = UnitSpace.of(model).n_heads
-        for name, asked in (("top", self.top), ("exclude", self.exclude)):
-            if asked is not None and asked > heads:
-                raise SettingError(
-                    f"the model has {heads:,} heads, so '{name}' cannot be {asked:,}; set it to {heads // 2} or less."
-                )
+        check_counts(self, UnitSpace.of(model), top="heads", exclude="heads")
 
     def proposals(self, problem: Problem, scorer: Scorer) -> Proposals:
         """Every pair in turn; equal masks are proposed once."""
@@ -58,8 +54,9 @@ class SetDifference(Settings):
         values = problem.score(scorer).values
         within: dict[tuple[int, ...], bool] = {}
         over: int | None = None  # the exclude whose last proposal broke the limit
-        for exclude, top in product(_counts(self.exclude, EXCLUDED, heads), _counts(self.top, TOPS, heads)):
-            if exclude == over:
+        tops, excludes = _counts(self.top, TOPS, heads), _counts(self.exclude, EXCLUDED, heads)
+        for exclude, top in product(excludes, tops):
+            if exclude == over and (exclude, top) != (excludes[-1], tops[-1]):
                 continue
             removed = set_difference(values["minority"], values["majority"], top, exclude)
             key = tuple(sorted(removed.tolist()))

@@ -15,7 +15,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Advance
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
-from secateur.search.base import CandidateKind, Problem, Proposals, Selection
+from secateur.search.base import CandidateKind, Problem, Proposals, Selection, check_counts
 from secateur.units import UnitSpace
 
 MAX_STEP = 100
@@ -42,6 +42,8 @@ class Elimination(Settings):
         three more cost a sixth of the tokens and lowered nothing.
     memory: weight of the mean effects of the rounds before, that of the round itself being 1. A round
         scores a few scenarios only, and what helps those alone would otherwise be taken for what helps all.
+
+    All ours, as are the constants above.
     """
 
     max_heads: Annotated[int, Field(ge=0)] = 4
@@ -58,7 +60,8 @@ class Elimination(Settings):
             raise SettingError("max_heads, max_neurons and rounds are all 0, so there would be no candidate.")
 
     def check(self, model: LanguageModel, scorer: Attribution, ablation: str) -> None:
-        """Every model will do; counts above what it has stand for all."""
+        """Refuse counts above what there is; the usual ones become all there is."""
+        check_counts(self, UnitSpace.of(model), max_heads="heads", max_neurons="neurons")
 
     def proposals(self, problem: Problem, scorer: Attribution) -> Proposals:
         """Heads alone and neurons alone from the largest count down, then the rounds."""
@@ -101,7 +104,8 @@ class Elimination(Settings):
         """Growing sets of removed units, one per round."""
         text = problem.fit.text
         assert text is not None, "elimination needs neutral text"
-        divergence = Divergence(problem.model, text)
+        with problem.localising():
+            divergence = Divergence(problem.model, text)
         trial = Trial(scores.damage, lambda units: divergence.of(problem.mask(units)))
         seen: Effects | None = None
         for number in range(self.rounds + self.more_rounds if self.rounds else 0):
@@ -109,11 +113,12 @@ class Elimination(Settings):
             if number > 0:
                 scores = problem.score(scorer, mask, number)
             seen = scores if seen is None else blended(scores, seen, self.memory)
-            table = problem.folds[number % len(problem.folds)].evaluate(mask).table
+            with problem.localising():
+                table = problem.folds[number % len(problem.folds)].evaluate(mask).table
             excluded = np.concatenate([trial.removed, trial.refused])
             step = next_step(seen, problem.space, "both", excluded, disparity(table))
             before = len(trial.removed)
-            with problem.step("Try the next units on neutral text", len(step)) as advance:
+            with problem.localising(), problem.step("Try the next units on neutral text", len(step)) as advance:
                 trial.remove(step, advance)
             if len(trial.removed) == before:
                 return
@@ -144,10 +149,10 @@ def geometric_counts(largest: int, steps: int = 3, factor: int = 4) -> list[int]
 
 
 def top_units(scores: Effects, space: UnitSpace, kind: CandidateKind, counts: list[int]) -> Iterator[Selection]:
-    """The first units of one ranking, for each of several counts."""
+    """The first units of one ranking, for each of several counts; all of them for a count above what is ranked."""
     order = ranking(scores, space, kind)
-    for count in counts:
-        if count <= len(order):
+    for count in dict.fromkeys(min(count, len(order)) for count in counts):
+        if count:
             yield Selection(kind, order[:count])
 
 

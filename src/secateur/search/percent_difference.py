@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from secateur.weights import WeightMask, linear_layers, weight_matrix
 
 # Published for neurons: (40, 35). The earlier prototype, for weights: (15, 15). The smaller ones are ours.
 GRID = ((0.3, 0.3), (1.0, 1.0), (5.0, 5.0), (15.0, 15.0), (40.0, 35.0))
+PUBLISHED = {"neuron": (40.0, 35.0), "weight": (15.0, 15.0)}
 PATIENCE = 2
 NO_UNITS = np.zeros(0, dtype=int)
 
@@ -33,8 +35,8 @@ class PercentDifference(Settings):
     ----------
     p, q: percentages, to be set together. Published (Ma et al., FAccT 2025): p = 40, q = 35 for neurons; an earlier
         prototype had p = q = 15 for weights. The two sets differ, so p = q still leaves what is in
-        the one and not in the other. Default: a small grid from few to many removed, which
-        ends after two proposals in a row that break the utility limit.
+        the one and not in the other. Default: a small grid from few to many removed; after two
+        proposals in a row that break the utility limit only the published pairs are still proposed.
 
     Weights are ranked within their output row, which is Wanda's comparison group. Ranking neurons within
     their layer, rounding the size of a top set down, and giving ties to the lower position are our choices.
@@ -49,27 +51,34 @@ class PercentDifference(Settings):
             raise SettingError("p and q belong together: set both, or neither for a small grid.")
 
     def check(self, model: LanguageModel, scorer: WandaDifference, ablation: str) -> None:
-        """Refuse mean ablation of single weights.
+        """Refuse mean ablation of single weights, and a top so small that it is empty.
 
         Raises
         ------
-        SettingError: says to use zero ablation.
+        SettingError: says to use zero ablation, or names the least p.
         """
         if scorer.granularity == "weight" and ablation == "mean":
             raise SettingError("single weights have no mean to stand in for them; use --ablation zero.")
+        inputs = [weight_matrix(layer).shape[1] for layer in linear_layers(model).values()]
+        ranked = model.neurons_per_layer if scorer.granularity == "neuron" else inputs
+        if self.p is not None and not any(_share(count, self.p) for count in ranked):
+            raise SettingError(
+                f"p = {self.p:g} % of {max(ranked):,} is less than one {scorer.granularity}; set p to "
+                f"{math.ceil(1e4 / max(ranked)) / 100:g} or more."
+            )
 
     def proposals(self, problem: Problem, scorer: WandaDifference) -> Proposals:
         """One proposal for every p and q that remove anything."""
         scores: WandaScores = problem.score(scorer)
         over = 0
         for p, q in GRID if self.p is None or self.q is None else ((self.p, self.q),):
+            if over >= PATIENCE and (p, q) != PUBLISHED[scores.granularity]:
+                continue
             selection = _selection(problem.model, scores, p, q)
             if selection is None:
                 continue
             outcome = yield selection
             over = 0 if outcome.within_limit else over + 1
-            if over == PATIENCE:
-                break
 
 
 def _selection(model: LanguageModel, scores: WandaScores, p: float, q: float) -> Selection | None:
@@ -126,6 +135,10 @@ def difference(by_scenario: Iterator[tuple[Tensor, Tensor]], p: float, q: float)
 
 def top(scores: Tensor, percent: float) -> Tensor:
     """Which entries of the last dimension are its top ``percent``, bool (..., n); ties go to the lower position."""
-    count = int(scores.shape[-1] * percent / 100)
+    count = _share(scores.shape[-1], percent)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def _share(count: int, percent: float) -> int:
+    return int(count * percent / 100)

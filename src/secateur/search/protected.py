@@ -23,8 +23,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Protected(Settings):
-    """Zayed et al. (AAAI 2024): protect the gamma N heads whose removal hurts perplexity most, of N in
-    the model; of the rest, remove the alpha N with the lowest bias after removal.
+    """Protect the gamma N heads whose removal hurts perplexity most, of N in the model; of the rest, remove the
+    alpha N with the lowest bias after removal: Zayed et al., "Fairness-Aware Structured Pruning in Transformers" (AAAI
+    2024, arXiv 2312.15398).
 
     Attributes
     ----------
@@ -33,8 +34,8 @@ class Protected(Settings):
         .1 and .2.
 
     For every gamma, alpha grows until a proposal breaks the utility limit. Pairs that add up to more
-    than 1 are left out. The paper's own grid, gamma .2 to .7 and alpha .02 to .20, is
-    thinned here; single pairs of it can be asked for.
+    than 1 are left out. The paper's own grid, gamma .2 to .7 and alpha 0 to .20, is thinned here, without the alpha of
+    0 that removes nothing; single pairs of it can be asked for.
 
     Raises
     ------

@@ -172,7 +172,10 @@ class Candidates:
 def why_nothing(candidates: list[CandidateRecord], limit: float) -> str:
     """Explain which limit held every candidate back."""
     if not candidates:
-        return "No unit's removal is predicted to lower the bias, so the model is left as it is."
+        return (
+            "The method proposes nothing: it finds no unit that it expects to lower the bias, or its settings leave "
+            "none over. The model is left as it is."
+        )
     inside = [candidate for candidate in candidates if candidate.within_limit]
     if not inside:
         cheapest = min(candidates, key=lambda candidate: candidate.perplexity_high)

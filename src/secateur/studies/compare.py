@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from secateur.errors import SettingError
+from secateur.errors import NumericalError, SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
@@ -22,15 +22,16 @@ from secateur.search.methods import METHODS, Method, method, methods_of
 from secateur.studies.candidates import CandidateRecord, Candidates, Status
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
-from secateur.studies.verdict import examine, examine_random, find_faults
+from secateur.studies.verdict import Examination, examine, examine_random, find_faults
 from secateur.suites import Suite, suite_hash
 from secateur.weights import AnyMask
 
 RANDOM = "random"
 DRAWS = 20
 QUICK_MARKERS = 6
-QUICK_TEST_MARKERS = 8
-QUICK_TOKENS = 1024
+QUICK_TEST_MARKERS = 10
+QUICK_TOKENS = 1536
+QUICK_CONTROL_PROMPTS = 48
 QUICK_DRAWS = 5
 
 
@@ -42,9 +43,10 @@ class CompareSettings(StudySettings):
     ----------
     methods: names of the methods; none for all, and then those that do not suit the model or the suite are
         listed as such.
-    options: settings by method, such as ``{"fasp": {"seeds": 5}}``; what is not set is chosen on select.
+    options: settings by method, such as ``{"fasp": {"seeds": 5}}``. How much a method removes is chosen on select
+        unless it is set; how it scores stays at its defaults.
     random_draws: masks of the size that ``random`` chooses, to show their spread on test; None for 20, or 5 where
-        it is to be quick.
+        it is to be quick. Fewer than 20 are too few to judge by.
     quick: a small part of fit, select, test and text, and coarser searches: minutes, wider intervals.
     """
 
@@ -76,6 +78,7 @@ class CompareSettings(StudySettings):
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
             max_test_markers=min(self.max_test_markers or QUICK_TEST_MARKERS, QUICK_TEST_MARKERS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
+            control_prompts=min(self.control_prompts, QUICK_CONTROL_PROMPTS),
             random_draws=QUICK_DRAWS if self.random_draws is None else self.random_draws,
         )
 
@@ -95,7 +98,9 @@ class MethodResult:
     random_reductions: for the method ``random``, the reduction under every draw of random masks, of the size that
         it chose, or else of its largest candidate within the limit, or of its smallest.
     candidates: every mask that was measured on select.
-    localise_tokens: tokens forwarded to score the units. tokens_forward, tokens_backward, seconds: in all.
+    localise_tokens: tokens forwarded to find the units, before anything is measured on select.
+    tokens_forward, tokens_backward, seconds: in all, but for random masks on test, which are a baseline for all
+        methods: draw_tokens, draw_seconds.
     notes: what the method has to say about its scores.
     """
 
@@ -118,6 +123,8 @@ class MethodResult:
     perplexity_increase: Interval | None = None
     control_change: Interval | None = None
     random_reductions: list[float] = field(default_factory=list)
+    draw_tokens: int = 0
+    draw_seconds: float = 0.0
     over_limit: bool = False
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -194,8 +201,13 @@ def _flat(found: MethodResult) -> dict[str, Any]:
         interval: Interval | None = getattr(found, name)
         for end in ("value", "low", "high"):
             row[f"{name}_{end}"] = "" if interval is None else getattr(interval, end)
+    draws = found.random_reductions
     return {
         **row,
+        "random_draws": len(draws) or "",
+        "random_lowest": min(draws, default=""),
+        "random_mean": float(np.mean(draws)) if draws else "",
+        "random_highest": max(draws, default=""),
         "candidates": len(found.candidates),
         "localise_tokens": found.localise_tokens,
         "tokens_forward": found.tokens_forward,
@@ -248,9 +260,9 @@ def compare(
     told = {**settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
     # What finished before an interruption belongs to the cost, too.
     cost = {
-        "tokens_forward": spent.forward + sum(one.tokens_forward for one in found),
+        "tokens_forward": spent.forward + sum(one.tokens_forward + one.draw_tokens for one in found),
         "tokens_backward": spent.backward + sum(one.tokens_backward for one in found),
-        "seconds": unpruned_seconds + sum(one.seconds for one in found),
+        "seconds": unpruned_seconds + sum(one.seconds + one.draw_seconds for one in found),
     }
     return CompareResult(
         model=model.source,
@@ -279,9 +291,7 @@ def check_methods(
         except SettingError as error:
             if chosen.name in settings.methods or chosen.name in settings.options:
                 raise
-            unsuited[chosen.name] = MethodResult(
-                chosen.name, chosen.settings, "does not apply", [], 0, 0, 0, 0.0, notes=[str(error)]
-            )
+            unsuited[chosen.name] = _unsuited(chosen, str(error))
     return methods, unsuited
 
 
@@ -290,42 +300,71 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
     recorder = Recorder(problem.model, progress)
     problem = replace(problem, step=recorder.step)
     candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder)
-    candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+    try:
+        candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+    except SettingError as error:  # what shows only once the prompts are there ends one method, not all
+        return _unsuited(chosen, f"{chosen.name}: {error}")
     mask = candidates.choose()
-    figures: dict[str, Any] = {}
-    draws: list[Comparison] = []
+    test = None if mask is None else _examined(parts, mask, settings.seed, recorder)
+    usage, seconds = recorder.usage.copy(), recorder.seconds
+    drawing, draws = Recorder(problem.model, progress), list[Comparison]()
     if chosen.name == RANDOM and candidates.records:
         count = settings.random_draws or DRAWS
-        draws = examine_random(parts, mask or _standing_in(candidates), count, settings.seed, recorder)
-    if mask is not None:
-        test = examine(parts, mask, settings.seed, recorder)
-        figures = {
-            "heads": mask.heads_removed,
-            "neurons": mask.neurons_removed,
-            "weights": mask.weights_removed,
-            "action": mask.action,
-            "knobs": next(record.knobs for record in candidates.records if record.chosen),
-            "bias_before": test.comparison.before,
-            "bias_after": test.comparison.after,
-            "reduction": test.comparison.reduction,
-            "perplexity_increase": test.perplexity_increase,
-            "control_change": None if test.control is None else test.control.change,
-            "over_limit": test.perplexity_increase.value > settings.max_perplexity_increase,
-            "faults": find_faults(test.comparison, test.perplexity_increase, draws, settings.max_perplexity_increase),
-        }
+        draws = examine_random(parts, mask or _standing_in(candidates), count, settings.seed, drawing)
     return MethodResult(
         name=chosen.name,
         settings=chosen.settings,
         status=candidates.status,
         candidates=candidates.records,
         localise_tokens=problem.localise_tokens,
-        tokens_forward=recorder.usage.forward,
-        tokens_backward=recorder.usage.backward,
-        seconds=recorder.seconds,
+        tokens_forward=usage.forward,
+        tokens_backward=usage.backward,
+        seconds=seconds,
         random_reductions=[draw.reduction.value for draw in draws],
+        draw_tokens=drawing.usage.forward,
+        draw_seconds=drawing.seconds,
         notes=notes_of(problem.scores),
-        **figures,
+        **({} if mask is None else _choice(mask, candidates)),
+        **({} if mask is None else _verdict(test, draws, settings.max_perplexity_increase)),
     )
+
+
+def _examined(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Examination | None:
+    """What the test part says; None where the model gives no finite answers there."""
+    try:
+        return examine(parts, mask, seed, recorder)
+    except NumericalError:
+        return None
+
+
+def _choice(mask: AnyMask, candidates: Candidates) -> dict[str, Any]:
+    """What was chosen, as fields of a result."""
+    return {
+        "heads": mask.heads_removed,
+        "neurons": mask.neurons_removed,
+        "weights": mask.weights_removed,
+        "action": mask.action,
+        "knobs": next(record.knobs for record in candidates.records if record.chosen),
+    }
+
+
+def _verdict(test: Examination | None, draws: list[Comparison], limit: float) -> dict[str, Any]:
+    """What the test part says of the choice, as fields of a result."""
+    if test is None:
+        return {"over_limit": True, "faults": ["the model gives no finite answers on the test part"]}
+    return {
+        "bias_before": test.comparison.before,
+        "bias_after": test.comparison.after,
+        "reduction": test.comparison.reduction,
+        "perplexity_increase": test.perplexity_increase,
+        "control_change": None if test.control is None else test.control.change,
+        "over_limit": test.perplexity_increase.value > limit,
+        "faults": find_faults(test.comparison, test.perplexity_increase, draws, limit),
+    }
+
+
+def _unsuited(chosen: Method, reason: str) -> MethodResult:
+    return MethodResult(chosen.name, chosen.settings, "does not apply", [], 0, 0, 0, 0.0, notes=[reason])
 
 
 def _standing_in(candidates: Candidates) -> AnyMask:

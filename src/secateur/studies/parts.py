@@ -27,7 +27,6 @@ from secateur.suites.joining import spaced
 from secateur.units import ActivationMeans, check_ablation
 
 FOLD_PROMPTS = 256
-CONTROL_PROMPTS = 96
 LEAST = {
     "batch_size": 1,
     "masks_at_once": 1,
@@ -36,6 +35,7 @@ LEAST = {
     "max_test_markers": 2,
     "max_scenarios": 1,
     "utility_tokens": 512,
+    "control_prompts": 16,
 }
 
 
@@ -58,7 +58,8 @@ class StudySettings:
     max_scenarios: at most so many scenarios of the suite, evenly spaced; None for all.
     utility_text: a text file instead of the built-in neutral corpus.
     utility_tokens: tokens of it per part; None for all.
-    control_suite: a non-demographic suite measured before and after; None for none.
+    control_suite: a non-demographic suite measured before and after; None for none. control_prompts: about so many of
+        its prompts, of whole scenarios.
     """
 
     max_perplexity_increase: float = 0.02
@@ -75,6 +76,7 @@ class StudySettings:
     utility_text: str | Path | None = None
     utility_tokens: int | None = DEFAULT_UTILITY_TOKENS
     control_suite: str | None = "control-colour"
+    control_prompts: int = 96
 
     def check(self) -> None:
         """Refuse settings that make no sense, before anything expensive.
@@ -159,7 +161,7 @@ class Parts:
         if settings.control_suite is not None:
             asked = load_suite(settings.control_suite)
             prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
-            control = evaluator(folds(prompts, CONTROL_PROMPTS)[0])
+            control = evaluator(folds(prompts, settings.control_prompts)[0])
         asked_of = spaced(len(suite.scenarios), settings.max_scenarios)
         fit, select, test = (
             build_prompts(model, suite, part, settings.chat).of_scenarios(asked_of)

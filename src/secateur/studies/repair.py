@@ -118,13 +118,14 @@ class RepairResult:
         return notes_of(self.scores)
 
     @property
-    def random_reduction(self) -> Interval:
-        """Mean reduction by random masks; low and high are the smallest and largest draw."""
+    def random_reduction(self) -> Interval | None:
+        """Mean reduction by random masks; low and high are the smallest and largest draw. None without draws."""
         values = [draw.reduction.value for draw in self.random]
-        return Interval(float(np.mean(values)), min(values), max(values))
+        return Interval(float(np.mean(values)), min(values), max(values)) if values else None
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``result.json``."""
+        drawn = self.random_reduction
         head: dict[str, Any] = {"model": self.model, "suite": self.suite.name, "method": self.method}
         tail = {
             "verdict": self.verdict,
@@ -151,7 +152,7 @@ class RepairResult:
             },
             "test": {
                 **self.comparison.as_dict(),
-                "random_reduction": self.random_reduction.as_dict(),
+                **({} if drawn is None else {"random_reduction": drawn.as_dict()}),
                 "random_draws": [draw.reduction.value for draw in self.random],
                 "control_suite": self.control_suite,
                 "control_change": None if self.control is None else self.control.change.as_dict(),

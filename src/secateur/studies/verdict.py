@@ -65,7 +65,7 @@ def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Exami
 
 
 def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder: Recorder) -> list[Comparison]:
-    """The bias on test under masks of the same size, drawn at random."""
+    """The bias on test under masks of the same size, drawn at random; without those that leave no finite answers."""
     rng = np.random.default_rng(seed + 1)
     before = parts.test.evaluate().table
     comparisons = []
@@ -83,11 +83,16 @@ def judge(comparison: Comparison, increase: Interval, random: list[Comparison], 
     Verified means: there was a bias (B before has a lower end above 0), it fell (the reduction's
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
-    mean_random = np.mean([draw.reduction.value for draw in random])
     reduction, faults = comparison.reduction, find_faults(comparison, increase, random, limit)
+    baseline = "under every random mask of the same size the model gave no finite answers"
+    if random:
+        mean = np.mean([draw.reduction.value for draw in random])
+        baseline = f"random masks of the same size reduced the bias by {mean:.0%} on average"
+    else:
+        faults.append(baseline)
     figures = (
         f"On unseen markers and wordings the bias {_change(reduction)}, perplexity changed by {increase.value:+.2%}, "
-        f"and random masks of the same size reduced the bias by {mean_random:.0%} on average."
+        f"and {baseline}."
     )
     if not faults:
         return VERIFIED, figures
