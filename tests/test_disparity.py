@@ -26,6 +26,7 @@ from secateur.measures.disparity import (
     null,
     permutation_p_values,
     reduction,
+    resamples_by_name,
     scenario_intervals,
     statistics,
     suite_bias,
@@ -304,3 +305,30 @@ def test_interval_reads_as_a_figure_with_its_range() -> None:
     interval = Interval(0.5, 0.25, 0.75)
     assert str(interval) == "0.500 [0.250, 0.750]"
     assert interval.as_dict() == {"value": 0.5, "low": 0.25, "high": 0.75}
+
+
+def test_resamples_by_name_are_those_of_a_bootstrap() -> None:
+    """In every group as many draws as markers, each equally often; their variance is the multinomial's, 1 - 1/n."""
+    groups = np.repeat([0, 1], [5, 9])
+    table = Table(np.zeros((1, 14)), groups)
+    weights = np.concatenate([resamples_by_name(table, [f"{m}" for m in range(14)], seed) for seed in range(20)])
+    for group, size in ((0, 5), (1, 9)):
+        of_group = weights[:, group]
+        assert (of_group.sum(axis=1) == size).all()
+        assert (of_group[:, groups != group] == 0).all()
+        assert of_group[:, groups == group].mean(axis=0) == pytest.approx(np.ones(size), abs=0.04)
+        assert of_group[:, groups == group].var(axis=0) == pytest.approx(np.full(size, 1 - 1 / size), abs=0.06)
+
+
+def test_markers_of_the_same_name_are_drawn_alike_in_all_tables() -> None:
+    def drawn(names: list[str]) -> dict[str, np.ndarray]:
+        table = Table(np.zeros((1, len(names))), np.zeros(len(names), dtype=int))
+        return dict(zip(names, resamples_by_name(table, names)[:, 0].T, strict=True))
+
+    names = [f"name {number}" for number in range(12)]
+    whole, part, other = drawn(names), drawn(names[:8][::-1]), drawn([f"another {name}" for name in names])
+    turned = drawn(names[::-1])
+    assert all((turned[name] == whole[name]).all() for name in names)
+    assert fmean(float(np.corrcoef(whole[name], part[name])[0, 1]) for name in part) > 0.8
+    unrelated = zip(whole.values(), other.values(), strict=True)
+    assert abs(fmean(float(np.corrcoef(one, two)[0, 1]) for one, two in unrelated)) < 0.05

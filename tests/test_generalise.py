@@ -6,7 +6,9 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,15 @@ from secateur.measures.overlap import overlap
 from secateur.measures.splits import split
 from secateur.search.combining import RULES, places
 from secateur.studies import generalise as study
+from secateur.studies import leave_one_out as singles
 from secateur.studies.advice import Use, advise
-from secateur.studies.generalise import GeneraliseSettings, differences, per_layer, relation
+from secateur.studies.candidates import Candidates
+from secateur.studies.generalise import GeneraliseSettings, differences, notes, per_layer, relation
 from secateur.studies.parts import Parts
+from secateur.studies.reach import Cell
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined, spaced
-from secateur.units import UnitSpace
+from secateur.units import Mask, UnitSpace
 
 PASSING = 2
 COUNTS = ("--set", "attribution.max_heads=1", "--set", "attribution.max_neurons=4", "--set", "attribution.rounds=1")
@@ -91,7 +96,7 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
     names = ("one", "two", "three", "four")
     expected = {(source, target) for source in names for target in names if source in chosen}
     expected |= {(f"all but {name}", name) for name in names if f"all but {name}" in chosen}
-    expected |= {("random masks", name) for name in names if name in chosen}
+    expected |= {("random masks", name) for name in names}  # also where a use has no repair of its own
     assert set(pairs) == expected
     for (source, target), how in pairs.items():
         if source in names and target in names:
@@ -101,12 +106,23 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
     }
     rows = list(csv.DictReader((output / "generalise.csv").open()))
     assert len(rows) == len(result["cells"])
+    for row, cell in zip(rows, result["cells"], strict=True):
+        assert row["interval"] == ("smallest and largest draw" if cell["relation"] == "random" else "95 %")
+        assert float(row["change_percent_low"]) == pytest.approx(-100 * cell["reduction"]["high"])
+        assert row["faults"] == "; ".join(cell["faults"])
+        assert cell["proven"] == (not cell["faults"] and cell["relation"] != "random")
+    assert [one["family"] for one in result["advice"]] == ["thing (en)", "ware (en)"]
+    assert all(one["select_perplexity_increase"] < 5 for one in result["left_out"])
+    assert "mean 0." in outcome.out  # the overlap
     page = (output / "report.html").read_text()
     assert "Where repairs hold" in page
+    for words in ("no: no bias shown", "(draws)", "<td>random masks a target</td><td>1</td>", "thing (en)"):
+        assert words in page
     for source in chosen:
         assert f"<td>{source}</td>" in page
     shown = call("show", output)
     assert "change of B, held out" in shown.out
+    assert "%] (not proven: no bias shown" in " ".join(shown.out.split())
     assert "generalise" in call("runs", output.parent).out
 
 
@@ -221,6 +237,19 @@ def test_answers_that_are_not_finite_leave_a_pair_out(
     assert ("one", "two") not in {(cell["source"], cell["target"]) for cell in result["cells"]}
 
 
+@pytest.fixture
+def chosen_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate of every fit is its repair, though it may not lower the bias."""
+
+    def choose_first(self: Candidates) -> Any:
+        mask, record = self.measured[0]
+        self.measured[0] = mask, replace(record, chosen=True)
+        return mask
+
+    monkeypatch.setattr(Candidates, "choose", choose_first)
+
+
+@pytest.mark.usefixtures("chosen_anyway")
 def test_markers_that_a_source_has_seen_are_left_out(tmp_path: Path) -> None:
     """Two suites share markers, but deal them into other parts."""
     groups = {"boats": [*OTHER_THINGS["cups"][::-1], "a tin cup", "a tall cup"], "lamps": OTHER_THINGS["hats"]}
@@ -244,10 +273,65 @@ def test_markers_that_a_source_has_seen_are_left_out(tmp_path: Path) -> None:
         every = [marker for markers in suite.groups.values() for marker in markers]
         return {every[number] for number in getattr(split(suite, dealing="by text"), part).markers}
 
+    assert len(result.cells) >= 2
     for cell in result.cells:
         source, target = (one if name == "one" else two for name in (cell.source, cell.target))
         unseen = words(target, "test") - words(source, "fit") - words(source, "select")
         assert cell.markers == len(unseen)
+        assert cell.largest_random is None
+        assert not cell.proven
+
+
+@pytest.mark.usefixtures("chosen_anyway")
+def test_random_masks_are_compared_on_what_the_cell_is_judged_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random mask is the repair of "one" itself: with the same scenarios and markers, its reduction is the cell's.
+
+    There is no repair for "two", and random masks are judged there all the same; of its scenarios, "one" has seen two.
+    """
+    fit, unseen = study._Study._fit, study._Study._unseen
+
+    def only_one(self: Any, chosen: Any, source: str, *rest: Any, **options: Any) -> None:
+        fit(self, chosen, source, *rest, **options)
+        if source == "two":
+            self.masks.pop((chosen.name, source), None)
+
+    def fewer(self: Any, source: str, target: Suite) -> tuple[list[int], np.ndarray]:
+        rows, keep = unseen(self, source, target)
+        return (rows if source == target.name else rows[2:]), keep
+
+    monkeypatch.setattr(study._Study, "_fit", only_one)
+    monkeypatch.setattr(study._Study, "_unseen", fewer)
+    monkeypatch.setattr(study._Study, "_random_masks", lambda _, masks: masks[:1])
+    made = [document("one"), document("two", "Well. ")]
+    result = secateur.generalise(
+        secateur.load(save_model(tmp_path / "model", PASSING), device="cpu"),
+        [write_suite(tmp_path, told, told["name"]) for told in made],
+        utility_text=write_text(tmp_path),
+        control_suite=None,
+        max_perplexity_increase=5,
+        options={"attribution": {"max_heads": 1, "max_neurons": 4, "rounds": 1}},
+    )
+    cells = {(cell.source, cell.target): cell for cell in result.cells}
+    one, whole = cells["one", "two"], cells["random masks", "two"]
+    assert one.scenarios < whole.scenarios
+    assert one.reduction.value != pytest.approx(whole.reduction.value)
+    for target in ("one", "two"):
+        assert cells["one", target].largest_random == pytest.approx(cells["one", target].reduction.value)
+        assert "random masks do as well" in cells["one", target].faults
+
+
+def test_random_masks_have_the_size_of_the_largest_repair_that_is_judged() -> None:
+    space = UnitSpace(heads=(2, 2), kv_heads=(1, 1), neurons=(5, 5), head_dim=4)
+
+    def mask(*removed: int) -> Mask:
+        return Mask(space, ~np.isin(np.arange(len(space)), removed), "model")
+
+    asked = SimpleNamespace(settings=GeneraliseSettings(random_draws=2))
+    drawn = study._Study._random_masks(asked, [mask(4), mask(1, 5, 6), mask(0, 1)])
+    assert [(one.heads_removed, one.neurons_removed) for one in drawn] == [(1, 2)] * 2
+    assert study._Study._random_masks(asked, []) == []
 
 
 # Parts of it
@@ -342,51 +426,161 @@ def table(gap: float, seed: int, scenarios: int = 6, markers: int = 16) -> Table
     return Table(rng.normal(size=(scenarios, 2 * markers)) + gap * (groups == 0), groups)
 
 
+def use(
+    number: int, before: float, own: Table | None, shared: list[Table | None], joint: bool = False, scenarios: int = 6
+) -> Use:
+    """A use with markers of its own."""
+    asked = table(before, number, scenarios)
+    markers = tuple(f"{number}: {marker}" for marker in range(len(asked.groups)))
+    return Use(f"use {number}", markers, asked, own, shared, joint)
+
+
 @pytest.mark.parametrize(
     ("own", "shared", "choice"),
     [
         (0.1, 2.0, "one repair per use"),
-        (0.3, 0.3, "one repair for all"),
+        (0.3, 0.3, "repairs can be shared"),
         (2.0, 2.0, "leave as it is"),
     ],
 )
 def test_advice_follows_the_figures(own: float, shared: float, choice: str) -> None:
-    uses = [Use(f"use {n}", table(2.0, n), table(own, n), [table(shared, n), table(shared, n)]) for n in range(5)]
+    uses = [use(n, 2.0, table(own, n), [table(shared, n), table(shared, n)]) for n in range(5)]
     if choice == "leave as it is":
-        uses = [Use(use.name, use.before, use.before, [use.before]) for use in uses]
-    advice = advise("attribution", uses)
-    assert advice.choice == choice
+        uses = [replace(one, own=one.before, shared=[one.before]) for one in uses]
+    advice = advise("attribution", "gender (en)", uses)
+    assert (advice.choice, advice.family) == (choice, "gender (en)")
     assert advice.difference is not None
     assert advice.difference.low <= advice.difference.value <= advice.difference.high
 
 
 def test_advice_where_there_is_nothing_to_repair() -> None:
-    uses = [Use("use", table(0.0, 1), table(0.0, 2), [table(0.0, 3)])]
-    assert advise("attribution", uses).choice == "leave as it is"
-    assert "No use could be judged" in advise("attribution", []).explanation
+    assert advise("attribution", "x", [use(1, 0.0, table(0.0, 2), [table(0.0, 3)])]).choice == "leave as it is"
+    assert "No use could be judged" in advise("attribution", "x", []).explanation
 
 
 def test_advice_is_not_given_where_no_repair_from_elsewhere_was_judged() -> None:
-    advice = advise("attribution", [Use("use", table(2.0, 1), table(0.1, 1), [])])
+    advice = advise("attribution", "x", [use(1, 2.0, table(0.1, 1), [])])
     assert advice.choice == "not decided"
-    assert "bias on the test part of use" in advice.explanation
+    assert "bias on the test part of use 1" in advice.explanation
 
 
 def test_a_repair_per_use_is_only_advised_where_own_repairs_help() -> None:
-    uses = [Use(f"use {n}", table(1.0, n), table(1.0, n + 50), [table(1.6, n)]) for n in range(5)]
-    advice = advise("attribution", uses)
+    advice = advise("attribution", "x", [use(n, 1.0, table(1.0, n + 50), [table(1.6, n)]) for n in range(5)])
     assert advice.difference is not None
     assert advice.difference.low > 0
     assert advice.choice == "not decided"
 
 
 def test_a_repair_that_is_not_there_leaves_a_use_as_it_is_wherever_it_comes_from() -> None:
-    own = advise("attribution", [Use("use", table(2.0, 1), None, [table(0.1, 1)])])
-    shared = advise("attribution", [Use("use", table(2.0, 1), table(0.1, 1), [None])])
+    own = advise("attribution", "x", [use(1, 2.0, None, [table(0.1, 1)])])
+    shared = advise("attribution", "x", [use(1, 2.0, table(0.1, 1), [None])])
     assert own.own == shared.shared
     assert own.own is not None
     assert own.own.value == 0
     assert "On one use " in own.explanation
+
+
+@pytest.mark.parametrize(
+    ("joint", "words"),
+    [
+        ((False, False), "stands for the mean over the repairs for each other use; the masks are under plans/gates"),
+        ((True, True), "stands for the repair for all other uses together; the masks"),
+        ((True, False), "the repair for all other uses together for use 0, and else the mean over"),
+    ],
+)
+def test_advice_says_which_repairs_are_shared(joint: tuple[bool, bool], words: str) -> None:
+    uses = [use(n, 2.0, table(0.1, n), [table(0.1, n)], one) for n, one in enumerate(joint)]
+    assert words in advise("gates", "x", uses).explanation
+
+
+def test_advice_is_given_by_family() -> None:
+    """Repairs carry over among the uses of gender, and not among those of race."""
+    names = [f"{domain}-{attribute}" for domain in ("hiring", "lending", "housing") for attribute in ("race", "gender")]
+    asked = [load_suite(name) for name in names]
+    number = {name: at for at, name in enumerate(names)}
+
+    def judged(_: str, target: Suite) -> Use:
+        shared = 2.0 if target.attribute == "race" else 0.1
+        at = number[target.name]
+        return replace(use(at, 2.0, table(0.1, at), [table(shared, at)] * 2), name=target.name)
+
+    known = SimpleNamespace(suites=asked, settings=GeneraliseSettings(), notes=[], _use=judged)
+    advice = {one.family: one for one in study._Study.advice(known, "attribution")}
+    assert {name: one.choice for name, one in advice.items()} == {
+        "race (en)": "one repair per use",
+        "gender (en)": "repairs can be shared",
+    }
+    assert advice["race (en)"].uses == ("hiring-race", "lending-race", "housing-race")
+
+
+def test_scenarios_are_drawn_for_every_use_by_itself() -> None:
+    """Uses with the same figures and markers but scenarios of their own: an average over them is better known."""
+    rng = np.random.default_rng(0)
+    gaps, groups = rng.uniform(1.0, 3.0, size=(6, 1)), np.repeat([0, 1], 200)
+    noise = rng.normal(size=(6, 400))
+    before, after = (Table(noise + size * gaps**power * (groups == 0), groups) for size, power in ((1, 1), (0.3, 2)))
+    markers = tuple(map(str, range(400)))
+    uses = [Use(f"use {number}", markers, before, after, [None]) for number in range(4)]
+    one, four = (advise("attribution", "x", uses[:count]).own for count in (1, 4))
+    assert one is not None
+    assert four is not None
+    assert four.standard_error < 0.75 * one.standard_error  # half, but for the markers, which are the same
+
+
+# What is proven
+
+
+def cell(**changes: Any) -> Cell:
+    """A cell that is proven, but for the changes."""
+    proven = Cell(
+        method="attribution",
+        source="one",
+        target="two",
+        relation="across",
+        differs=("domain",),
+        markers=20,
+        scenarios=6,
+        before=Interval(1.0, 0.6, 1.4),
+        after=Interval(0.4, 0.1, 0.7),
+        reduction=Interval(0.6, 0.3, 0.9),
+        change=Interval(-0.6, -0.9, -0.3),
+        largest_random=0.1,
+        p_holm=0.01,
+    )
+    return replace(proven, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({}, []),
+        ({"largest_random": None}, ["no random masks judged"]),
+        ({"largest_random": 0.6}, ["random masks do as well"]),
+        ({"before": Interval(1.0, 0.0, 1.4)}, ["no bias shown"]),
+        ({"p_holm": 0.06}, ["may be chance"]),
+        ({"reduction": Interval(0.6, -0.1, 0.9)}, ["may be chance"]),
+        ({"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3), "largest_random": -1.0},
+         ["did not fall"]),
+        ({"over_limit": True, "largest_random": None}, ["no random masks judged", "over the limit"]),
+    ],
+)  # fmt: skip
+def test_what_keeps_a_cell_from_being_proven(changes: dict[str, Any], faults: list[str]) -> None:
+    found = cell(**changes)
+    assert found.faults == faults
+    assert found.proven == (not faults)
+
+
+def test_random_masks_are_no_claim() -> None:
+    assert not cell(relation="random").proven
+    assert cell(relation="random").as_dict()["faults"] == []
+
+
+def test_the_language_of_the_utility_text_is_told() -> None:
+    suites = [load_suite(name) for name in ("hiring-race", "hiring-race-es")]
+    assert any("English text, for suites in es" in note for note in notes(suites, GeneraliseSettings()))
+    own = GeneraliseSettings(utility_text="text.txt")
+    assert not any("English" in note for asked in (own,) for note in notes(suites, asked))
+    assert not any("English" in note for note in notes(suites[:1], GeneraliseSettings()))
 
 
 def test_p_value_agrees_with_the_interval() -> None:
@@ -417,6 +611,33 @@ def test_a_scenario_left_out_has_no_say(tmp_path: Path) -> None:
         assert first.scenarios[-1] == "end"
         assert first.units[-1] == second.units[-1]
         assert first.comparison.before != second.comparison.before
+
+
+def test_the_count_that_leaves_least_bias_within_the_limit_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {"few": table(1.0, 1), "some": table(0.3, 1), "many": table(0.8, 1), "most": table(0.1, 1)}
+    costs = {"few": 0.001, "some": 0.002, "many": 0.01, "most": 0.5}
+    everything = SimpleNamespace(
+        prompts=SimpleNamespace(scenarios=[*range(6)]), evaluate=lambda: SimpleNamespace(table=table(2.0, 1))
+    )
+    choosing = object.__new__(singles._Run)
+    choosing.settings, choosing.whole = GeneraliseSettings(), everything
+    choosing.reader = SimpleNamespace(perplexity_increase=lambda mask, _: Interval(*[costs[mask]] * 3))
+    monkeypatch.setattr(singles, "_measured", lambda _, mask, **__: left[mask])
+    for order in (list(left), list(left)[::-1]):
+        choosing._masks = lambda *_, order=order: iter(order)
+        assert choosing._choose([*range(6)], RULES["mean score"]) == ("some", 0.002)
+    choosing._masks = lambda *_: iter(["most"])
+    assert choosing._choose([*range(6)], RULES["mean score"]) == (None, 0.0)
+
+
+def test_units_without_a_score_are_never_chosen() -> None:
+    choosing = object.__new__(singles._Run)
+    choosing.start, choosing.counts, choosing.numbers = 10, [1, 4], [0, 1]
+    choosing.ranks = np.array([[3.0, np.nan, -1.0, 2.0, -np.inf], [2.0, 9.0, np.nan, 3.0, 1.0]])
+    choosing.problem = SimpleNamespace(mask=lambda removed: set(removed.tolist()))
+    for rule in RULES.values():
+        assert list(choosing._masks([0, 1], rule))[-1] == {10, 13}
+    assert list(choosing._masks([1], RULES["mean score"])) == [{11}, {11, 13, 10, 14}]
 
 
 # What a user may get wrong

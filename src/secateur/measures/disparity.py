@@ -17,7 +17,9 @@ B = sqrt(max(0, mean SMD^2 - mean null SMD^2)).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ LEVEL = 0.95
 SIGNIFICANT = 0.05  # of p-values, after their correction
 # A resample may draw one marker only; a spread below this share of the scenario's own is not believed.
 SPREAD_FLOOR = 0.02
+# Draws of one marker that are told apart in a resample; more than that come once in 10^14.
+MOST_DRAWS = 16
 
 Statistic = Literal["smd", "gap", "deviation", "square"]
 
@@ -264,6 +268,33 @@ def _resamples(table: Table, rng: np.random.Generator, replicates: int) -> np.nd
     return weights
 
 
+def resamples_by_name(table: Table, names: Sequence[str], seed: int = 0) -> np.ndarray:
+    """Bootstrap weights (replicates, groups, markers) that agree wherever a marker of the same name stands.
+
+    Every name is drawn at random times, as often as it may be, whatever table it is in; a table takes the first draws
+    of its markers, as many of a group as the group has. That is the usual resample of one table, the same one in
+    tables of the same markers, and nearly the same for those that two tables share.
+
+    Parameters
+    ----------
+    names: (markers,), of a marker with its group.
+    """
+    waits = np.stack([_generator(seed, name).exponential(size=(REPLICATES, MOST_DRAWS)) for name in names], axis=1)
+    times = waits.cumsum(axis=2)  # (replicates, markers, draws)
+    weights = np.zeros((REPLICATES, table.n_groups, len(table.groups)))
+    for group in range(table.n_groups):
+        members = np.flatnonzero(table.groups == group)
+        drawn = times[:, members].reshape(REPLICATES, -1)
+        last = np.partition(drawn, len(members) - 1, axis=1)[:, len(members) - 1]
+        weights[:, group, members] = (times[:, members] <= last[:, None, None]).sum(axis=2)
+    return weights
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of a name's own."""
+    return np.random.default_rng(list(sha256(f"{seed}\n{name}".encode()).digest()))
+
+
 def _percentiles(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
     tail = (1 - LEVEL) / 2 * 100
     low, high = np.percentile(values, [tail, 100 - tail], axis=axis)
@@ -303,16 +334,23 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def bootstrap_squares(tables: list[Table], seed: int = 0) -> np.ndarray:
+def bootstrap_squares(
+    tables: list[Table], seed: int = 0, names: Sequence[str] | None = None, what: str = ""
+) -> np.ndarray:
     """B^2 of several states of the same prompts under the same resamples, (states, replicates).
 
     Clusters: scenarios are drawn with replacement, and markers within their group, across all
     scenarios at once. A replicate carries the sampling noise twice (of the sample, and of the
     resampling), so the permutation null is subtracted twice; values may be negative.
+
+    Parameters
+    ----------
+    names: of the markers, (markers,), for resamples that belong together with those of other suites: markers are drawn
+        by name, see :func:`resamples_by_name`, and scenarios by ``what``, a name of the suite.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed) if names is None else _generator(seed, what)
     n_scenarios = len(tables[0].y)
-    weights = _resamples(tables[0], rng, REPLICATES)
+    weights = _resamples(tables[0], rng, REPLICATES) if names is None else resamples_by_name(tables[0], names, seed)
     drawn = rng.multinomial(n_scenarios, np.full(n_scenarios, 1 / n_scenarios), size=REPLICATES) / n_scenarios
     squares = []
     for table in tables:
@@ -369,12 +407,16 @@ def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
     )
 
 
-def reduction_replicates(before: Table, afters: list[Table], seed: int = 0) -> np.ndarray:
+def reduction_replicates(
+    before: Table, afters: list[Table], seed: int = 0, names: Sequence[str] | None = None, what: str = ""
+) -> np.ndarray:
     """Reductions of B under several states against one, all under the same resamples, (states, replicates).
 
-    Tables with the same groups have the same resamples of markers, too, for the same seed.
+    Parameters
+    ----------
+    names, what: see :func:`bootstrap_squares`.
     """
-    roots = _root(bootstrap_squares([before, *afters], seed))
+    roots = _root(bootstrap_squares([before, *afters], seed, names, what))
     return reduction(roots[0], roots[1:])
 
 

@@ -105,21 +105,22 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
     return style(figure, 90 + 40 * len(names), xaxis_title="|SMD|")
 
 
-def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Figure:
-    """Every candidate's bias and perplexity on the select part, with the chosen one and the Pareto front.
+def candidates_figure(candidates: list[CandidateRecord], limit: float, front: bool = True) -> go.Figure:
+    """Every candidate's bias and perplexity on the select part, with the chosen one and the Pareto front, if asked for.
 
     Increases above :func:`widest_increase` are drawn there, since some masks destroy the model.
     """
     figure, widest = go.Figure(), widest_increase(limit)
-    front = pareto_front(candidates, limit)
-    figure.add_scatter(
-        x=[100 * c.perplexity_increase for c in front],
-        y=[c.bias for c in front],
-        mode="lines",
-        line={"color": AFTER, "width": 1.5, "shape": "hv"},
-        name="Pareto front",
-        hoverinfo="skip",
-    )
+    if front:
+        best = pareto_front(candidates, limit)
+        figure.add_scatter(
+            x=[100 * c.perplexity_increase for c in best],
+            y=[c.bias for c in best],
+            mode="lines",
+            line={"color": AFTER, "width": 1.5, "shape": "hv"},
+            name="Pareto front",
+            hoverinfo="skip",
+        )
     symbols = {"heads": "diamond", "neurons": "circle", "both": "square"}
     for kind in dict.fromkeys(candidate.kind for candidate in candidates):
         group = [candidate for candidate in candidates if candidate.kind == kind]
@@ -291,7 +292,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
 
 def _cell_label(reduction: float, cell: Cell) -> str:
     number = f"{round(-100 * reduction):+d}"
-    return f"<b>{number}*</b>" if cell.proven else number if cell.to_repair else f"<i>({number})</i>"
+    return f"<b>{number}*</b>" if cell.proven else number if cell.bias_shown else f"<i>({number})</i>"
 
 
 def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:

@@ -111,11 +111,19 @@ def render_generalise(result: GeneraliseResult) -> str:
             "matrix": _picture(matrix_figure(result, name)),
             "agreement": _picture(agreement_figure(result, name)),
             "layers": _picture(layers_figure(result.layers[name])),
+            "candidates": _picture(candidates_figure(result.candidates(name), result.limit, front=False)),
         }
         for name in result.methods
     }
     examples = [(suite, _example(suite)) for suite in result.suites]
-    return _render("generalise.html.j2", result.run, result=result, pictures=pictures, examples=examples)
+    return _render(
+        "generalise.html.j2",
+        result.run,
+        result=result,
+        pictures=pictures,
+        examples=examples,
+        widest=widest_increase(result.limit),
+    )
 
 
 def render_slim(result: SlimResult) -> str:

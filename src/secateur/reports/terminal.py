@@ -297,14 +297,14 @@ def _matrix_table(result: GeneraliseResult, name: str) -> Table:
 def _cell_text(cell: Cell) -> str:
     """The change in percent; in bold with a star where it is proven, in brackets where no bias was shown before."""
     text = f"{round(-100 * cell.reduction.value):+d}"
-    return f"[bold]{text}*[/]" if cell.proven else text if cell.to_repair else f"[dim]({text})[/]"
+    return f"[bold]{text}*[/]" if cell.proven else text if cell.bias_shown else f"[dim]({text})[/]"
 
 
 def generalise_lines(result: GeneraliseResult) -> list[str]:
     """The lines under the tables."""
     lines = [
         "* proven after Holm's correction for all cells, by more than under random masks, within the utility limit; "
-        "in brackets: no bias could be told from chance before."
+        "in brackets: no bias could be told from chance before. Intervals and reasons are in the report."
     ]
     for fit in result.fits:
         if fit.status != "chosen":
@@ -316,8 +316,14 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     for one in result.left_out:
         what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
         lines.append(f"{what}: bias {_fall(one.comparison.reduction)} over {len(one.scenarios)} scenarios")
+    for name in result.methods:
+        if (overlap := result.mean_overlap(name)) is not None:
+            lines.append(
+                f"{name}: units that two repairs share, Jaccard's index, mean {overlap[0]:.3f}; by chance "
+                f"{overlap[1]:.4f}"
+            )
     lines += result.notes
-    lines += [f"{one.method}: {one.choice}. {one.explanation}" for one in result.advice]
+    lines += [f"{one.method}, {one.family}: {one.choice}. {one.explanation}" for one in result.advice]
     usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
 
@@ -421,10 +427,12 @@ def _generalise_lines(result: dict[str, Any]) -> list[str]:
         raise DataError("The results were written by another version of Secateur; run the study again.")
     lines = [f"{result['model']}, suites {', '.join(result['suites'])}; change of B, held out:"]
     for cell in result["cells"]:
-        change = -cell["reduction"]["value"]
-        proven = " (proven)" if cell["proven"] else ""
-        lines.append(f"  {cell['method']}, {cell['source']} -> {cell['target']}: {change:+.0%}{proven}")
-    return [*lines, *(f"{one['method']}: {one['choice']}. {one['explanation']}" for one in result["advice"])]
+        change = cell["change_percent"]
+        figures = f"{change['value']:+.0f}% [{change['low']:+.0f}%, {change['high']:+.0f}%]"
+        verdict = " (proven)" if cell["proven"] else _marks(cell["faults"])
+        lines.append(f"  {cell['method']}, {cell['source']} -> {cell['target']}: {figures}{verdict}")
+    advice = (f"{one['method']}, {one['family']}: {one['choice']}. {one['explanation']}" for one in result["advice"])
+    return [*lines, *advice]
 
 
 def _marks(faults: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""One repair for all uses, or one adapter per use: what the held-out figures say."""
+"""A repair of its own for every use, or shared repairs: what the held-out figures say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from secateur.measures.disparity import Interval, Table, interval_of_bias, reduction_replicates, suite_bias
 from secateur.measures.disparity import reduction as reduction_of
 
-Choice = Literal["one repair per use", "one repair for all", "leave as it is", "not decided"]
+Choice = Literal["one repair per use", "repairs can be shared", "leave as it is", "not decided"]
 # A shared repair that loses less than this to the use's own is worth its simplicity.
 MARGIN = 0.1
 
@@ -21,29 +21,35 @@ class Use:
 
     Attributes
     ----------
+    markers: names of the tables' markers with their groups, so that uses which share some are resampled alike.
     before: y on the test part without a mask.
     own: under the mask that was fitted on the use; None where none may be used, and the use stays as it is.
     shared: under the masks that were fitted elsewhere, None likewise; empty where none was asked for.
+    joint: whether shared is one mask that was fitted on all other uses together, not one of each.
     """
 
     name: str
+    markers: tuple[str, ...]
     before: Table
     own: Table | None
     shared: list[Table | None]
+    joint: bool = False
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do, and the figures that say so.
+    """What to do with the uses of one family, and the figures that say so.
 
     Attributes
     ----------
+    family: what the uses have in common, attribute and language; repairs are shared inside it alone.
     own, shared: mean reduction over the uses by their own masks and by masks fitted elsewhere.
     difference: own minus shared.
     uses: names of the uses with a bias to repair, that the means are over.
     """
 
     method: str
+    family: str
     choice: Choice
     explanation: str
     own: Interval | None = None
@@ -52,20 +58,22 @@ class Advice:
     uses: tuple[str, ...] = ()
 
 
-def advise(method: str, uses: list[Use], seed: int = 0) -> Advice:
-    """Compare own repairs with shared ones on the uses that have a bias to repair.
+def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
+    """Compare own repairs with shared ones on the uses of a family that have a bias to repair.
 
     A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide.
-    Where there is no mask, own or shared, the use is left as it is: a reduction of 0.
+    Where there is no mask, own or shared, the use is left as it is: a reduction of 0. Markers are resampled once for
+    all uses, which share many of them, and scenarios for every use by itself.
     """
     biased = [use for use in uses if interval_of_bias(use.before, seed).low > 0]
     if not biased:
-        return Advice(method, "leave as it is", _nothing_shown(len(uses)))
+        return Advice(method, family, "leave as it is", _nothing_shown(len(uses)))
     judged = [use for use in biased if use.shared]
     if not judged:
         names = ", ".join(use.name for use in biased)
         return Advice(
             method,
+            family,
             "not decided",
             f"There is a bias on the test part of {names}, but no repair from elsewhere was judged there; ask for the "
             "mode across or joint, with suites of the same attribute.",
@@ -80,7 +88,8 @@ def advise(method: str, uses: list[Use], seed: int = 0) -> Advice:
         f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)} on average, "
         f"one fitted elsewhere by {_percent(shared)}; the difference is {_percent(difference)}."
     )
-    return Advice(method, choice, f"{reason} {figures}", own, shared, difference, tuple(use.name for use in judged))
+    explanation = f"{reason} {figures} {_what_is_shared(method, judged)}"
+    return Advice(method, family, choice, explanation, own, shared, difference, tuple(use.name for use in judged))
 
 
 def _nothing_shown(uses: int) -> str:
@@ -98,8 +107,19 @@ def _choose(own: Interval, shared: Interval, difference: Interval) -> tuple[Choi
     if difference.low > 0:
         return "not decided", "Repairs do not carry over, and those of a use's own are not shown to help, either."
     if difference.high < MARGIN and shared.low > 0:
-        return "one repair for all", "Repairs carry over: one for all uses loses little."
+        return "repairs can be shared", "Repairs carry over: one that was fitted on other uses loses little."
     return "not decided", "The figures do not decide; a repair for every use is the safer choice, once it is proven."
+
+
+def _what_is_shared(method: str, uses: list[Use]) -> str:
+    """Which masks "fitted elsewhere" stands for, and where they are."""
+    joint = [use.name for use in uses if use.joint]
+    each, together = "the mean over the repairs for each other use", "the repair for all other uses together"
+    if len(joint) in (0, len(uses)):
+        said = together if joint else each
+    else:
+        said = f"{together} for {', '.join(joint)}, and else {each}"
+    return f"Fitted elsewhere stands for {said}; the masks are under plans/{method} of the run."
 
 
 def _tables(use: Use) -> list[Table]:
@@ -115,8 +135,8 @@ def _reductions(use: Use, seed: int) -> tuple[float, float]:
 
 
 def _replicates(use: Use, seed: int) -> np.ndarray:
-    """The same under resamples, (2, replicates)."""
-    found = np.clip(reduction_replicates(use.before, _tables(use), seed), -1, 1)
+    """The same under resamples, (2, replicates), of markers alike in all uses and of scenarios in each by itself."""
+    found = np.clip(reduction_replicates(use.before, _tables(use), seed, use.markers, use.name), -1, 1)
     return np.stack([found[0], found[1:].mean(axis=0)])
 
 

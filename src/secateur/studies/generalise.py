@@ -12,7 +12,8 @@ from secateur.attenuation import Attenuation
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
-from secateur.measures.disparity import Interval, Table, compare, holm, p_value
+from secateur.measures.disparity import Interval, Table, compare, holm, p_value, suite_bias
+from secateur.measures.disparity import reduction as reduction_of
 from secateur.measures.overlap import overlap
 from secateur.measures.splits import NOTHING_SEEN, Dealing, Seen, split
 from secateur.models import LanguageModel
@@ -53,7 +54,8 @@ class GeneraliseSettings(StudySettings):
     modes: what to look at. Pairs of suites, by what they differ in: "languages", "attributes", or else the domain,
         "across"; "joint": fitted on all suites of the same groups but one, and judged on that one; "specific": fitted
         on one scenario and judged on it; "within": fitted on all scenarios of a suite but one, and judged on that one.
-    random_draws: random masks of a choice's own size that are judged where it was fitted.
+    random_draws: random masks that are judged on every target, of the size of the largest repair judged there; without
+        any, nothing is proven.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
     dealing: "by text", so that suites which share markers and wordings hold the same ones out.
     quick: few markers, four scenarios of every suite and little text: minutes, wider intervals.
@@ -156,6 +158,11 @@ def differences(source: Suite, target: Suite) -> tuple[str, ...]:
     return tuple(name for name in ("language", "attribute", "domain") if getattr(source, name) != getattr(target, name))
 
 
+def family_of(suite: Suite) -> str:
+    """What suites must have in common for one repair to be advised for them."""
+    return f"{suite.attribute} ({suite.language})"
+
+
 def joint_families(suites: Sequence[Suite]) -> list[list[Suite]]:
     """The suites that can be joined, by family; families too small to leave one out are not among them."""
     families: list[list[Suite]] = []
@@ -201,7 +208,7 @@ def generalise(
         study.fit_all(chosen)
     cells = _corrected([cell for chosen in methods for cell in study.judge(chosen.name)])
     agreements = _agreements_corrected([one for chosen in methods for one in study.agreements(chosen.name)])
-    advice = [study.advice(chosen.name) for chosen in methods]
+    advice = [one for chosen in methods for one in study.advice(chosen.name)]
     left_out = with_holm([one for chosen in methods for one in study.leave_out(chosen)])
     return GeneraliseResult(
         model=model.source,
@@ -235,6 +242,12 @@ def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
             said.append(
                 f"Not in the joint mode, which needs {SUITES_TO_JOIN} suites of the same groups: {', '.join(outside)}."
             )
+    foreign = sorted({suite.language for suite in suites if suite.language != "en"})
+    if foreign and settings.utility_text is None:
+        said.append(
+            f"Perplexity is measured on English text, for suites in {', '.join(foreign)}, too, where a repair may cost "
+            "more than it shows; give text of the language with --utility-text."
+        )
     return said
 
 
@@ -389,31 +402,52 @@ class _Study:
         return Plan(mask, record)
 
     def judge(self, name: str) -> list[Cell]:
-        """Every mask of a method on every target that the modes are about."""
+        """Every mask of a method on every target that the modes are about, and random masks beside them."""
         cells = []
         for target in self.suites:
-            pairs = [(*one, self.masks[name, one[0]]) for one in self._sources(target) if (name, one[0]) in self.masks]
-            own = self.masks.get((name, target.name))
-            rng = np.random.default_rng(self.settings.seed + 1)
-            draws = [] if own is None else [own.random_like(rng) for _ in range(self.settings.random_draws)]
-            test = self.parts[target.name].test
-            masks = [mask for _, _, mask in pairs] + draws
-            what = f"{name} on {target.name}: {len(masks)} masks"
-            with self.recorder.step(what, len(masks) * test.work()) as advance:
-                found = list(test.evaluate_each(masks, advance))
-            tables = [measured.table for measured in found[len(pairs) :] if measured is not None]
-            random = self._random_cell(name, target, tables) if tables else None
-            for (source, how, _), measured in zip(pairs, found, strict=False):
-                if measured is None:
+            judged = self._judged(name, target)
+            masks = [self.masks[name, source] for source, _ in judged]
+            measured = self._measured(name, target, masks + self._random_masks(masks))
+            random = [after for after in measured[len(masks) :] if after is not None]
+            for (source, how), after in zip(judged, measured, strict=False):
+                if after is None:
                     self.notes.append(
                         f"{name}: under the repair for {source}, answers to {target.name} are not finite."
                     )
                     continue
-                self.after[name, source, target.name] = measured.table
-                cell = self._cell(name, source, target, how, random)
-                cells += [cell] if cell is not None else []
-            cells += [] if random is None else [random]
+                self.after[name, source, target.name] = after
+                cells.append(self._cell(name, source, target, how, random))
+            cells += [self._random_cell(name, target, random)] if random else []
         return cells
+
+    def _judged(self, name: str, target: Suite) -> list[tuple[str, Relation]]:
+        """The sources with a repair whose effect on a target can be judged; named are those that have seen too much."""
+        judged = []
+        for source, how in self._sources(target):
+            if (name, source) not in self.masks:
+                continue
+            if self._enough(target, *self._unseen(source, target)):
+                judged.append((source, how))
+            else:
+                self.notes.append(
+                    f"{name}: a repair for {source} has seen too many markers or wordings of {target.name} to be "
+                    "judged there; the pair is left out."
+                )
+        return judged
+
+    def _random_masks(self, masks: list[AnyMask]) -> list[AnyMask]:
+        """Random masks like the largest of some: what removes as much as any of them, and knows nothing of bias."""
+        if not masks:
+            return []
+        largest = max(masks, key=lambda mask: mask.heads_removed + mask.neurons_removed + mask.weights_removed)
+        rng = np.random.default_rng(self.settings.seed + 1)
+        return [largest.random_like(rng) for _ in range(self.settings.random_draws)]
+
+    def _measured(self, name: str, target: Suite, masks: list[AnyMask]) -> list[Table | None]:
+        """y on the test part of a target under masks; None where it is not finite."""
+        test = self.parts[target.name].test
+        with self.recorder.step(f"{name} on {target.name}: {len(masks)} masks", len(masks) * test.work()) as advance:
+            return [None if found is None else found.table for found in test.evaluate_each(masks, advance)]
 
     def _sources(self, target: Suite) -> list[tuple[str, Relation]]:
         """The sources whose repairs a target is judged under."""
@@ -426,18 +460,12 @@ class _Study:
             asked.append((ALL_BUT + target.name, "joint"))
         return asked
 
-    def _cell(self, name: str, source: str, target: Suite, how: Relation, random: Cell | None) -> Cell | None:
-        """One cell; None where the source has seen too much of the target."""
+    def _cell(self, name: str, source: str, target: Suite, how: Relation, random: list[Table]) -> Cell:
+        """One cell; random masks are compared on what it is judged on, too."""
         rows, keep = self._unseen(source, target)
-        if not self._enough(target, rows, keep):
-            self.notes.append(
-                f"{name}: a repair for {source} has seen too many markers or wordings of {target.name} to be judged "
-                "there; the pair is left out."
-            )
-            return None
         fit = self.fits[name, source]
-        before, after = self._before(target), self.after[name, source, target.name]
-        found = compare(_cut(before, rows, keep), _cut(after, rows, keep), self.settings.seed)
+        before = _cut(self._before(target), rows, keep)
+        found = compare(before, _cut(self.after[name, source, target.name], rows, keep), self.settings.seed)
         home = next((suite for suite in self.suites if suite.name == source), None)
         return Cell(
             method=name,
@@ -453,11 +481,16 @@ class _Study:
             change=found.change,
             perplexity_increase=fit.perplexity_increase,
             over_limit=fit.over_limit,
-            random=None if random is None else random.reduction.high,
+            largest_random=self._largest_reduction(before, [_cut(after, rows, keep) for after in random]),
         )
 
+    def _largest_reduction(self, before: Table, afters: list[Table]) -> float | None:
+        """The largest reduction of B under several masks; None without any."""
+        left = [suite_bias(after, self.settings.seed).corrected for after in afters]
+        return float(reduction_of(suite_bias(before, self.settings.seed).corrected, min(left))) if left else None
+
     def _random_cell(self, name: str, target: Suite, tables: list[Table]) -> Cell:
-        """Mean over random masks, with the smallest and the largest in place of an interval."""
+        """Mean over random masks on the whole test part, with the smallest and the largest in place of an interval."""
         before = self._before(target)
         found = [compare(before, table, self.settings.seed) for table in tables]
 
@@ -550,8 +583,8 @@ class _Study:
             )
         ]
 
-    def advice(self, name: str) -> Advice:
-        """One repair for all uses, or one per use."""
+    def advice(self, name: str) -> list[Advice]:
+        """For every family of uses: repairs of their own, or shared ones."""
         uses = {target.name: self._use(name, target) for target in self.suites}
         left_out = [target for target, use in uses.items() if use is None]
         if left_out:
@@ -559,7 +592,11 @@ class _Study:
                 f"{name}: not in the advice, for want of markers and wordings that no repair has seen: "
                 f"{', '.join(left_out)}."
             )
-        return advise(name, [use for use in uses.values() if use is not None], self.settings.seed)
+        families: dict[str, list[Use]] = {}
+        for target in self.suites:
+            use = uses[target.name]
+            families.setdefault(family_of(target), []).extend([] if use is None else [use])
+        return [advise(name, one, inside, self.settings.seed) for one, inside in families.items()]
 
     def _use(self, name: str, target: Suite) -> Use | None:
         """A suite with its own and shared repairs, side by side on what none has seen; None where that is too little.
@@ -567,7 +604,8 @@ class _Study:
         A repair that breaks the utility limit, or under which answers are not finite, is none.
         """
         sources = [one for one in self._sources(target) if one[1] in ("joint", "across")]
-        shared = [source for source, how in sources if how == "joint"] or [source for source, _ in sources]
+        joint = [source for source, how in sources if how == "joint"]
+        shared = joint or [source for source, _ in sources]
         unseen = [self._unseen(source, target) for source in (target.name, *shared)]
         rows = sorted(set.intersection(*(set(rows) for rows, _ in unseen)))
         keep = np.all([keep for _, keep in unseen], axis=0)
@@ -579,8 +617,20 @@ class _Study:
             usable = after is not None and not self.fits[name, source].over_limit
             return _cut(after, rows, keep) if after is not None and usable else None
 
-        before = _cut(self._before(target), rows, keep)
-        return Use(target.name, before, under(target.name), [under(source) for source in shared])
+        return Use(
+            name=target.name,
+            markers=self._marker_names(target, keep),
+            before=_cut(self._before(target), rows, keep),
+            own=under(target.name),
+            shared=[under(source) for source in shared],
+            joint=bool(joint),
+        )
+
+    def _marker_names(self, target: Suite, keep: np.ndarray) -> tuple[str, ...]:
+        """Some test markers of a target, each with its group."""
+        flat = [f"{group}: {marker}" for group, markers in target.groups.items() for marker in markers]
+        asked = np.array(self.parts[target.name].test.prompts.markers)
+        return tuple(flat[marker] for marker in asked[keep])
 
     def describe(self) -> dict[str, Any]:
         """The record of the run; what finished before an interruption belongs to the cost, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from secateur.studies.record import Recorder
 from secateur.suites.joining import spaced
 from secateur.units import ActivationMeans, Mask
 
-# Shares of a kind's units that are tried, the largest first; on a model of 46,080 neurons these are 128, 32 and 8.
+# Shares of a kind's units that are tried; on a model of 46,080 neurons these are 128, 32 and 8.
 SHARES: dict[UnitKind, tuple[float, ...]] = {"neurons": (0.0028, 0.0007, 0.0002), "heads": (0.015, 0.0075, 0.0037)}
 
 
@@ -32,6 +32,8 @@ class LeftOut:
     rule: how the scores of several scenarios were combined; empty for one.
     scenarios: those that were judged; not one on which the model gives no finite answers.
     units: removed for each; 0 where no count lowered the bias within the limit.
+    select_perplexity_increase: mean over these scenarios, on the select part of the text, which the count was chosen
+        on, too; without a mask it is 0.
     comparison: B over these scenarios, each under its own mask.
     p_holm: of no change; corrected for all such figures of a run by :func:`with_holm`.
     """
@@ -42,6 +44,7 @@ class LeftOut:
     rule: str
     scenarios: list[str]
     units: list[int]
+    select_perplexity_increase: float
     comparison: Comparison
     p_holm: float
 
@@ -64,9 +67,9 @@ def leave_one_out(
     """Judge a method's scores scenario by scenario.
 
     Every scenario of the fit part is scored once. Units of one kind, neurons where the method scores them, are removed
-    by one scenario's scores or by the combined scores of several; their number is the largest of three that lowers the
-    bias on the select part of the scenarios that were fitted within the limit. Judged is the test part of the scenario
-    in question: new markers, and for "within" a new situation, too.
+    by one scenario's scores or by the combined scores of several; a unit that one of them has no score for stays. Their
+    number is that one of three which leaves the least bias on the select part of the scenarios that were fitted, within
+    the limit. Judged is the test part of the scenario in question: new markers, and for "within" a new situation, too.
 
     Parameters
     ----------
@@ -99,7 +102,7 @@ class _Run:
         fit, space = parts.fit, self.problem.space
         self.numbers = fit.prompts.scenarios
         self.start, total = (0, space.n_heads) if self.kind == "heads" else (space.n_heads, space.n_neurons)
-        self.counts = [max(1, round(share * total)) for share in SHARES[self.kind]]
+        self.counts = sorted({max(1, round(share * total)) for share in SHARES[self.kind]})
         select = parts.select
         self.whole = select.on(select.prompts, None)
         # Measures perplexity, so that a mask reads the text once, however many scenarios are asked about.
@@ -108,11 +111,10 @@ class _Run:
         self.ranks = np.stack(ranks)  # (scenarios, units of the kind)
 
     def _rank(self, fit: Evaluator) -> np.ndarray:
-        """Scores of the units of the kind from one scenario, unscored ones last."""
+        """Scores of the units of the kind from one scenario, not finite where the method says nothing."""
         alone = Problem(self.problem.model, fit, [fit], self.recorder.step, self.problem.means)
         rank = np.asarray(alone.score(self.chosen.scorer).rank, dtype=float)
-        rank = rank[self.start :] if self.kind == "neurons" else rank[: self.problem.space.n_heads]
-        return np.where(np.isnan(rank), -np.inf, rank)
+        return rank[self.start :] if self.kind == "neurons" else rank[: self.problem.space.n_heads]
 
     @staticmethod
     def _of(part: Evaluator, scenario: int) -> Evaluator:
@@ -127,12 +129,12 @@ class _Run:
         combine: Callable[[np.ndarray, int], np.ndarray],
     ) -> LeftOut | None:
         """Choose a mask for every scenario from others, and put the scenarios' test rows together."""
-        befores, afters, units, names = [], [], [], []
+        befores, afters, units, costs, names = [], [], [], [], []
         suite = self.parts.select.prompts.suite
         what = f"{self.chosen.name}, {mode} {rule}".strip()
         with self.recorder.step(f"{what}: {suite.name}", len(judged)) as advance:
             for scenario in judged:
-                mask = self._choose(fitted(scenario), combine)
+                mask, increase = self._choose(fitted(scenario), combine)
                 test = self._of(self.parts.test, scenario)
                 before = test.evaluate(None).table
                 after = before if mask is None else _measured(test, mask)
@@ -141,35 +143,54 @@ class _Run:
                     continue
                 befores.append(before)
                 afters.append(after)
+                costs.append(increase)
                 units.append(0 if mask is None else mask.heads_removed + mask.neurons_removed)
                 names.append(suite.scenarios[scenario].id)
         if not names:
             return None
         comparison = compare(_stacked(befores), _stacked(afters), self.settings.seed)
-        return LeftOut(self.chosen.name, suite.name, mode, rule, names, units, comparison, p_value(comparison.change))
+        return LeftOut(
+            method=self.chosen.name,
+            suite=suite.name,
+            mode=mode,
+            rule=rule,
+            scenarios=names,
+            units=units,
+            select_perplexity_increase=float(np.mean(costs)),
+            comparison=comparison,
+            p_holm=p_value(comparison.change),
+        )
 
-    def _choose(self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]) -> Mask | None:
-        """The largest mask that lowers the bias on the select part of some scenarios within the limit."""
+    def _choose(
+        self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]
+    ) -> tuple[Mask | None, float]:
+        """The mask that leaves the least bias on the select part of some scenarios within the limit, and its cost."""
         seed, limit = self.settings.seed, self.settings.max_perplexity_increase
         alone = len(scenarios) == 1
         asked = self._of(self.parts.select, scenarios[0]) if alone else self.whole
         rows = [asked.prompts.scenarios.index(number) for number in scenarios]
-        before = corrected_choice(asked.evaluate().table.of_scenarios(rows), seed)
-        ranks = self.ranks[[self.numbers.index(number) for number in scenarios]]
-        for count in self.counts:
-            removed = self.start + combine(ranks, count)
-            if not len(removed):
-                continue
-            mask = self.problem.mask(removed)
+        least = corrected_choice(asked.evaluate().table.of_scenarios(rows), seed)
+        best: tuple[Mask | None, float] = None, 0.0
+        for mask in self._masks(scenarios, combine):
             if _measured(self.reader, mask, utility=True) is None:
                 continue
             increase = self.reader.perplexity_increase(mask, seed)
             if increase.value + increase.standard_error > limit:
                 continue
             after = _measured(asked, mask)
-            if after is not None and corrected_choice(after.of_scenarios(rows), seed) < before:
-                return mask
-        return None
+            left = np.inf if after is None else corrected_choice(after.of_scenarios(rows), seed)
+            if left < least:
+                least, best = left, (mask, increase.value)
+        return best
+
+    def _masks(self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]) -> Iterator[Mask]:
+        """The masks to choose from, the smallest first; of units that every one of some scenarios has a score for."""
+        ranks = self.ranks[[self.numbers.index(number) for number in scenarios]]
+        scored = np.flatnonzero(np.isfinite(ranks).all(axis=0))
+        for count in self.counts:
+            removed = self.start + scored[combine(ranks[:, scored], count)]
+            if len(removed):
+                yield self.problem.mask(removed)
 
 
 def _measured(part: Evaluator, mask: Mask, *, utility: bool = False) -> Table | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
 from secateur.suites import Suite
 
-GENERALISE_FORMAT = "secateur-generalise-2"
+GENERALISE_FORMAT = "secateur-generalise-3"
 Relation = Literal["own", "across", "attributes", "languages", "joint", "random"]
 
 
@@ -76,14 +76,16 @@ class Cell:
 
     Attributes
     ----------
-    relation: of the target to the source; "random": random masks of the size of the target's own.
+    relation: of the target to the source; "random": random masks of the size of the largest repair judged there.
     differs: what the target differs in from the source, of language, attribute and domain.
     markers: of the target, without those that the source has fitted or chosen by. scenarios: likewise, without those
         whose wordings it has.
-    before, after, reduction, change: of B.
+    before, after, reduction, change: of B. Of random masks, the last three are the mean with the smallest and the
+        largest draw.
     perplexity_increase: under the mask, on the test part of the text; None for random masks.
     over_limit: whether that breaks the utility limit.
-    random: the largest reduction by the random masks that were judged on the target; None where none were.
+    largest_random: the largest reduction by random masks on the same scenarios and markers; None where none were
+        judged, and nothing is proven.
     p_holm: of no change, corrected for all cells.
     """
 
@@ -100,21 +102,54 @@ class Cell:
     change: Interval
     perplexity_increase: Interval | None = None
     over_limit: bool = False
-    random: float | None = None
+    largest_random: float | None = None
     p_holm: float = 1.0
 
     @property
-    def to_repair(self) -> bool:
+    def bias_shown(self) -> bool:
         """Whether there was a bias on the target that can be told from chance."""
         return self.before.low > 0
 
     @property
+    def change_percent(self) -> Interval:
+        """The change of B in percent of B before, below 0 where the bias fell, as reports show it."""
+        found = self.reduction
+        return Interval(0 - 100 * found.value, 0 - 100 * found.high, 0 - 100 * found.low)
+
+    @property
+    def interval(self) -> str:
+        """What the ends of after, reduction and change are."""
+        return "smallest and largest draw" if self.relation == "random" else "95 %"
+
+    @property
+    def faults(self) -> list[str]:
+        """What keeps a repair from being proven, in words."""
+        faults = []
+        if not self.bias_shown:
+            faults.append("no bias shown")
+        if self.change.value >= 0:
+            faults.append("did not fall")
+        elif self.reduction.low <= 0 or self.p_holm >= SIGNIFICANT:
+            faults.append("may be chance")
+        if self.largest_random is None:
+            faults.append("no random masks judged")
+        elif self.reduction.value <= self.largest_random:
+            faults.append("random masks do as well")
+        if self.over_limit:
+            faults.append("over the limit")
+        return faults
+
+    @property
     def proven(self) -> bool:
-        """Whether there was a bias, it fell, all cells taken into account, by more than under random masks, and
+        """Whether there was a bias, it fell, all cells taken into account, by more than under every random mask, and
         perplexity kept to the limit."""
-        beats_random = self.random is None or self.reduction.value > self.random
-        fell = self.change.value < 0 and self.p_holm < SIGNIFICANT
-        return self.to_repair and fell and beats_random and not self.over_limit
+        return self.relation != "random" and not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """One entry of ``cells`` in ``generalise.json``."""
+        faults = [] if self.relation == "random" else self.faults
+        told = {"change_percent": self.change_percent.as_dict(), "interval": self.interval}
+        return {**asdict(self), **told, "proven": self.proven, "faults": faults}
 
 
 @dataclass(frozen=True)
@@ -143,7 +178,7 @@ class GeneraliseResult:
     fits: one per method and source. cells: one per method, source and target.
     agreements: of every two suites' units. layers: units by method and source, heads and neurons together, (layers,).
     left_out: the modes "specific" and "within".
-    advice: one repair for all uses, or one per use, for every method.
+    advice: a repair of its own for every use, or shared ones, by method and by family of uses.
     notes: what a reader should know of the suites, in sentences.
     """
 
@@ -170,17 +205,16 @@ class GeneraliseResult:
         suites = [suite.name for suite in self.suites if suite.name in found]
         return [*suites, *sorted(found - set(suites))]
 
-    def mean_reduction(self, name: str, relation: Relation) -> float | None:
-        """Mean over the cells of one relation, of targets with a bias before and with one difference at most.
+    def candidates(self, name: str) -> list[CandidateRecord]:
+        """Every mask that a method's fits measured on select, under the name of its source in place of its kind."""
+        return [replace(one, kind=fit.source) for fit in self.fits if fit.method == name for one in fit.candidates]
 
-        None where there is none.
-        """
-        values = [
-            cell.reduction.value
-            for cell in self.cells
-            if cell.method == name and cell.relation == relation and cell.to_repair and len(cell.differs) < 2
-        ]
-        return float(np.mean(values)) if values else None
+    def mean_overlap(self, name: str) -> tuple[float, float] | None:
+        """Mean of Jaccard's index over all pairs of a method's repairs, and what chance gives; None without pairs."""
+        found = [one.found for one in self.agreements if one.method == name]
+        if not found:
+            return None
+        return float(np.mean([one.jaccard for one in found])), float(np.mean([one.by_chance for one in found]))
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``generalise.json``."""
@@ -191,7 +225,7 @@ class GeneraliseResult:
             "limit": self.limit,
             "control_suite": self.control_suite,
             "fits": [asdict(fit) for fit in self.fits],
-            "cells": [{**asdict(cell), "proven": cell.proven} for cell in self.cells],
+            "cells": [cell.as_dict() for cell in self.cells],
             "agreements": [asdict(one) for one in self.agreements],
             "layers": self.layers,
             "left_out": [asdict(one) for one in self.left_out],
@@ -203,14 +237,15 @@ class GeneraliseResult:
     def csv(self) -> str:
         """The cells as comma-separated values, one line each."""
         text = io.StringIO()
-        intervals = ("before", "after", "reduction", "change", "perplexity_increase")
+        intervals = ("before", "after", "reduction", "change", "change_percent", "perplexity_increase")
         columns = ["method", "source", "target", "relation", "differs", "markers", "scenarios"]
         columns += [f"{name}_{end}" for name in intervals for end in ("value", "low", "high")]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*columns, "over_limit", "random_reduction", "p_holm", "proven"])
+        writer.writerow([*columns, "interval", "over_limit", "random_reduction", "p_holm", "proven", "faults"])
         for cell in self.cells:
+            told = cell.as_dict()
             figures = [getattr(getattr(cell, name), end, "") for name in intervals for end in ("value", "low", "high")]
             head = (cell.method, cell.source, cell.target, cell.relation, " ".join(cell.differs))
-            tail = (cell.over_limit, cell.random, cell.p_holm, cell.proven)
-            writer.writerow([*head, cell.markers, cell.scenarios, *figures, *tail])
+            tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, cell.proven)
+            writer.writerow([*head, cell.markers, cell.scenarios, *figures, *tail, "; ".join(told["faults"])])
         return text.getvalue()

@@ -136,7 +136,7 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         doubt = " (not proven)" if best.get("faults") else ""
         return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
     if study == "generalise":
-        return "; ".join(f"{one['method']}: {one['choice']}" for one in content["advice"])
+        return "; ".join(f"{one['method']}, {one['family']}: {one['choice']}" for one in content["advice"])
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
     if study == "verify":
