@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ from secateur.scoring.sampled_masks import SampledMasks
 from secateur.scoring.surrogate import Quality, Surrogate, draw_states, train
 from secateur.search.attention_pruning import SurrogateAnnealing, best_states
 from secateur.search.base import Outcome, Problem
-from secateur.search.chains import Annealed, Energy, _temperature, anneal
+from secateur.search.chains import WALK_STEPS, Annealed, Energy, _temperature, anneal
 from secateur.search.methods import method
 from secateur.units import Mask
 
@@ -162,6 +163,27 @@ def test_the_start_accepts_the_asked_share_of_rises() -> None:
     weights = torch.ones(12)  # every removal raises the energy by 1
     found = anneal(Energy([linear(weights)], [1.0]), 12, (0, 12), chains=50, steps=1, acceptance=0.75)
     assert math.exp(-1 / found.start_temperature) == pytest.approx(0.75, rel=1e-5)
+
+
+class Recording(Energy):
+    """Remembers how many units were removed whenever it was read."""
+
+    def __init__(self) -> None:
+        one = Surrogate(torch.ones(12, 1), torch.zeros(1), torch.ones(1), 0.0, Quality(1.0, 1.0, 1))
+        super().__init__([one], [1.0])
+        object.__setattr__(self, "counts", [])
+
+    def read(self, hidden: Sequence[Tensor]) -> Tensor:
+        self.counts.append(hidden[0][:, 0].clone())
+        return super().read(hidden)
+
+
+def test_chains_begin_where_they_are_told_to_after_the_walk_that_sets_their_temperature() -> None:
+    start, energy = torch.zeros(50, 12, dtype=torch.bool), Recording()
+    anneal(energy, 12, (0, 12), steps=1, start=start, seed=3)
+    first = energy.counts[1 + WALK_STEPS]  # after the start itself and the steps of the walk
+    assert (energy.counts[WALK_STEPS] > 1).any()
+    assert (first == 1).all()
 
 
 def test_temperatures_fall_as_they_should() -> None:

@@ -196,7 +196,7 @@ def test_another_command_leaves_an_interrupted_run_alone(
         run(call, tmp_path, output, count=2)
     assert "interrupted run with other settings" in run(call, tmp_path, output, "--seed", "1", count=2).refusal
     wrong = ("--methods", "attribution,random", "--set", "random.heads=9999")
-    assert "9,999 of them" in run(call, tmp_path, output, *wrong, count=2).refusal
+    assert "'heads' cannot be 9,999" in run(call, tmp_path, output, *wrong, count=2).refusal
     more = run(call, tmp_path, output, "--methods", "attribution,random", "--set", "random.heads=1", count=2)
     assert (more.status, "repairs that are there: 1" in more.out) == (0, True)
     methods = {fit["method"] for fit in json.loads((output / "generalise.json").read_text())["fits"]}
@@ -329,8 +329,8 @@ def test_random_masks_have_the_size_of_the_largest_repair_that_is_judged() -> No
         return Mask(space, ~np.isin(np.arange(len(space)), removed), "model")
 
     asked = SimpleNamespace(settings=GeneraliseSettings(random_draws=2))
-    drawn = study._Study._random_masks(asked, [mask(4), mask(1, 5, 6), mask(0, 1)])
-    assert [(one.heads_removed, one.neurons_removed) for one in drawn] == [(1, 2)] * 2
+    drawn = study._Study._random_masks(asked, [mask(4), mask(1, 5, 6), mask(6, 7, 8, 9)])
+    assert [(one.heads_removed, one.neurons_removed) for one in drawn] == [(1, 2)] * 2  # a head is more than a neuron
     assert study._Study._random_masks(asked, []) == []
 
 

@@ -142,7 +142,10 @@ def anneal(
         best = torch.where(better, now, best)
         best_state[better] = state[better]
 
+    begin = state.clone(), hidden, now, count
     temperature = _start_temperature(propose, accept, lambda: now, acceptance)
+    state.copy_(begin[0])  # the walk measures; the chains begin where they were told to
+    _, hidden, now, count = begin
     moved = 0
     for step in range(steps):
         unit, sign, after, value, allowed = propose()
@@ -152,6 +155,7 @@ def anneal(
         moved += int(taken.sum())
         if (step + 1) % REFRESHED_EVERY == 0:  # sums of many flips drift
             hidden = energy.hidden(state)
+            now = energy.read(hidden)
         advance(1)
     return Annealed(best_state, energy.of(best_state), temperature, moved / max(1, steps * len(state)))
 

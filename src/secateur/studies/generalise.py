@@ -439,7 +439,7 @@ class _Study:
         """Random masks like the largest of some: what removes as much as any of them, and knows nothing of bias."""
         if not masks:
             return []
-        largest = max(masks, key=lambda mask: mask.heads_removed + mask.neurons_removed + mask.weights_removed)
+        largest = max(masks, key=_share)
         rng = np.random.default_rng(self.settings.seed + 1)
         return [largest.random_like(rng) for _ in range(self.settings.random_draws)]
 
@@ -646,6 +646,13 @@ class _Study:
 def _cut(table: Table, rows: list[int], keep: np.ndarray) -> Table:
     """Some scenarios and markers of a table."""
     return table.of_scenarios(rows).of_markers(keep)
+
+
+def _share(mask: AnyMask) -> float:
+    """How much of a model a mask takes away, to tell the larger of two masks of one method."""
+    if isinstance(mask, WeightMask):
+        return mask.weights_removed
+    return mask.heads_removed / mask.space.n_heads + mask.neurons_removed / mask.space.n_neurons
 
 
 def per_layer(space: UnitSpace, units: np.ndarray) -> list[int]:
