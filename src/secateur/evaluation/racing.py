@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from secateur.evaluation.evaluator import Evaluator, Measurement
-from secateur.measures.prompts import PromptDraw
 from secateur.weights import AnyMask
 
 SLICE = 0.25
-MARKERS = 2
 
 
 @dataclass(eq=False)
@@ -29,10 +27,9 @@ class Race:
 
     @classmethod
     def on(cls, whole: Evaluator, seed: int = 0, part: float = SLICE) -> Race:
-        """The slice: a part of every group's markers, at least two, in all scenarios, and of the windows of text."""
-        groups = np.unique(whole.prompts.groups, return_counts=True)[1]
-        markers = max(MARKERS, round(part * int(groups.min())))
-        prompts = PromptDraw.stratified(whole.prompts, markers, None, [seed, markers]).of(whole.prompts)
+        """The slice: a part of the scenarios with all that they ask, and of the windows of text."""
+        order = np.random.default_rng(seed).permutation(whole.prompts.scenarios).tolist()
+        prompts = whole.prompts.of_scenarios(sorted(order[: max(1, round(part * len(order)))]))
         text = whole.text
         if text is not None:
             text = text.first(max(1, round(part * len(text.windows))))

@@ -66,13 +66,17 @@ class PromptSet:
     def scenarios(self) -> list[int]:
         return sorted({prompt.scenario for prompt in self.prompts})
 
-    def of_scenarios(self, scenarios: Sequence[int]) -> PromptSet:
-        """The prompts of some scenarios only."""
-        prompts = tuple(prompt for prompt in self.prompts if prompt.scenario in scenarios)
+    def where(self, chosen: np.ndarray) -> PromptSet:
+        """The prompts at which ``chosen``, bool (prompts,), is true."""
+        prompts = tuple(prompt for prompt, kept in zip(self.prompts, chosen, strict=True) if kept)
         return PromptSet(self.suite, prompts, self.markers, self.groups)
 
+    def of_scenarios(self, scenarios: Sequence[int]) -> PromptSet:
+        """The prompts of some scenarios only."""
+        return self.where(np.array([prompt.scenario in scenarios for prompt in self.prompts], dtype=bool))
+
     def table(self, y: np.ndarray) -> np.ndarray:
-        """Arrange y by prompt, (prompts,), as (scenarios, markers), averaged over paraphrases."""
+        """Arrange y by prompt, (prompts,), as (scenarios, markers), averaged over paraphrases; NaN where none asks."""
         scenario = {s: i for i, s in enumerate(self.scenarios)}
         marker = {m: i for i, m in enumerate(self.markers)}
         rows = [scenario[prompt.scenario] for prompt in self.prompts]
@@ -81,7 +85,7 @@ class PromptSet:
         count = np.zeros_like(total)
         np.add.at(total, (rows, columns), y)
         np.add.at(count, (rows, columns), 1)
-        return total / count
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
     def spread(self, weights: np.ndarray) -> np.ndarray:
         """The transpose of :meth:`table`: weights (scenarios, markers) to weights by prompt."""

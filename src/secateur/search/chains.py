@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,24 @@ LAST_SHARE = 1e-3
 REFRESHED_EVERY = 500
 
 
+class Additive(Protocol):
+    """Predicts from a layer to which every removed unit adds its own row."""
+
+    @property
+    def inward(self) -> Tensor:
+        """(units, width)."""
+        ...
+
+    def hidden(self, removed: Tensor) -> Tensor:
+        """The layer, (states, width), of states (states, units)."""
+        ...
+
+
 class StateEnergy(ABC):
     """What chains lower: a number per state from surrogates' predictions, cheap to update after a flip."""
 
     @abstractmethod
-    def networks(self) -> Sequence[Surrogate]:
+    def networks(self) -> Sequence[Additive]:
         """The surrogates."""
 
     @abstractmethod
