@@ -286,6 +286,42 @@ def test_faulty_utility_text(
     assert_nothing(output)
 
 
+class Asked(Exception):
+    """In place of a study: what it was asked for."""
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        ("--suites", "hiring-race", "lending-race", "housing-race"),
+        ("--suites", "hiring-race,lending-race,housing-race"),
+        ("-s", "hiring-race", "-s", "lending-race", "-s", "housing-race"),
+        ("--suites", "hiring-race, lending-race", "housing-race"),
+    ],
+)
+@pytest.mark.parametrize("where", [("-o", "{output}", "*"), ("*", "-o", "{output}")])
+def test_suites_may_be_separated_in_every_way(
+    written: tuple[str, ...], where: tuple[str, ...], output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_: object, suites: list[Any], **__: object) -> None:
+        raise Asked([suite.name for suite in suites])
+
+    monkeypatch.setattr("secateur.cli._load", lambda *_: None)
+    monkeypatch.setattr("secateur.generalise", ask)
+    words = [word for one in where for word in (written if one == "*" else (one.format(output=output),))]
+    with pytest.raises(Asked) as asked:
+        call("generalise", *words)
+    assert asked.value.args == (["hiring-race", "lending-race", "housing-race"],)
+
+
+def test_a_suite_that_stands_alone_is_checked(call: Command, output: Path) -> None:
+    assert "There is no suite 'hiring-rase'" in call("generalise", "-s", "hiring-race", "hiring-rase").refusal
+    shown = call("generalise", "--help").out
+    assert "--suites" in shown
+    assert "More suites" in shown
+    assert_nothing(output)
+
+
 # The output directory
 
 
