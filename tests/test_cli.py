@@ -350,6 +350,21 @@ def test_ray_that_is_not_installed(
     assert_nothing(output)
 
 
+def test_a_ray_address_that_does_not_answer(
+    model: Path, tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself waits minutes before it says so."""
+
+    def silent(**_: object) -> None:
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr("ray.init", silent)
+    text = ("--utility-text", write_text(tmp_path), *REPAIR)
+    given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, *text, "--ray", "10.9.9.9:1")
+    assert "The Ray cluster '10.9.9.9:1' does not answer; check the address" in call(*given).refusal
+    assert not output.exists()
+
+
 # The output directory
 
 
