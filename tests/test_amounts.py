@@ -105,6 +105,8 @@ ENGLISH_WORDS = {
     "two and a half": 2.5,
     "two and one half": 2.5,
     "two and half": 2.5,
+    "two, and half the price": 2,
+    "two and half of that": 2,
     "two-and-a-half million": 2.5e6,
     "twenty-five and a half thousand": 25_500,
     "one and a half": 1.5,

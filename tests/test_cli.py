@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -350,19 +351,16 @@ def test_ray_that_is_not_installed(
     assert_nothing(output)
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_ray_address_that_does_not_answer(
-    model: Path, tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+    scheme: str, model: Path, tmp_path: Path, output: Path, call: Command
 ) -> None:
-    """Ray itself waits minutes before it says so."""
-
-    def silent(**_: object) -> None:
-        raise ConnectionError("ray client connection timeout")
-
-    monkeypatch.setattr("ray.init", silent)
-    text = ("--utility-text", write_text(tmp_path), *REPAIR)
-    given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, *text, "--ray", "10.9.9.9:1")
-    assert "The Ray cluster '10.9.9.9:1' does not answer; check the address" in call(*given).refusal
-    assert not output.exists()
+    with socket.socket() as unheard:  # bound, and nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{unheard.getsockname()[1]}"
+        given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, "--ray", address)
+        assert f"The Ray cluster '{address}' does not answer; check the address" in call(*given).refusal
+    assert_nothing(output)
 
 
 # The output directory

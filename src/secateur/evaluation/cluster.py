@@ -7,6 +7,7 @@ on how many there are. An actor that dies is replaced, and what it was measuring
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "E
 THREADS = 1
 REPLACEMENTS = 3
 START_SECONDS = 1800
+ANSWER_SECONDS = 10.0
 # Ray's errors after which the same work may well succeed on a fresh actor: the old one, its node or its result is gone.
 DIED = ("RayActorError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
 
@@ -256,15 +258,28 @@ def division(nodes: list[dict[str, Any]], gpus: int) -> tuple[int, int]:
 
 
 def check_address(address: str | None) -> None:
-    """Refuse an address that cannot be meant, and a machine without Ray.
+    """Refuse an address that cannot be meant or that nobody answers at, and a machine without Ray.
 
     Raises
     ------
-    ClusterError: says what an address looks like, or how to install Ray.
+    ClusterError: says what an address looks like, that nobody answers, or how to install Ray.
     """
     if address is not None:
-        _local_count(address)
+        is_local = _local_count(address) is not None
         _ray()
+        if not is_local and address != AUTO:
+            _knock(address)
+
+
+def _knock(address: str) -> None:
+    """Refuse a machine and port that nobody answers at; Ray itself would go on trying for many minutes."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({error})") from error
 
 
 def _local_count(address: str) -> int | None:

@@ -110,7 +110,7 @@ ENGLISH = Wording(
     short={"k": 1e3, "m": 1e6, "mm": 1e6, "mn": 1e6, "mil": 1e6, "bn": 1e9, "b": 1e9},
     half=r"(?:one[\s-])?half(?:\s+a)?",
     parts={
-        "½": r"and[\s-](?:(?:a|one)[\s-])?half",
+        "½": r"and[\s-](?:(?:a|one)[\s-]half|half(?!\s+(?:of|the|an?)\b))",
         "¼": r"and[\s-](?:a|one)[\s-]quarter",
         "¾": r"and[\s-]three[\s-]quarters",
     },
@@ -382,9 +382,8 @@ def _pattern(language: str) -> re.Pattern[str]:
     linked = wording.linked + "|" if wording.linked else ""
     word = rf"(?:{linked}(?:{tens})-(?:{ones})\b|(?:{scales}|{values})\b)"
     joint = rf"\s+|-(?=(?:{scales})\b)"
-    inside = (
-        rf"\b{half}{word}(?:{part}|(?:{joint}){word})*"  # within "between ... and ...", where "and" joins nothing else
-    )
+    # Within "between ... and ...", where "and" joins nothing else.
+    inside = rf"\b{half}{word}(?:{part}|(?:{joint}){word})*"
     words = inside
     if wording.conjunction:
         after_scale = "|".join(rf"(?<=\b{scale})" for scale in wording.scales)
