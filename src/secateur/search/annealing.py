@@ -24,7 +24,7 @@ from secateur.evaluation.racing import Race
 from secateur.evaluation.walk import walking_order
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
-from secateur.progress import Advance
+from secateur.progress import Advance, whole
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import Settings
 from secateur.scoring.surrogate import Surrogate, train
@@ -257,12 +257,11 @@ class Survey:
         drawn, all_masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
         order = walking_order(all_masks)
         masks = [all_masks[number] for number in order]
-        measured = self.part.evaluate_each(masks, utility=True)
+        measured = self.part.evaluate_each(masks, whole(advance, self.part.work(utility=True)), utility=True)
         for state, mask, found in zip([drawn[number] for number in order], masks, measured, strict=True):
             if found is not None:
                 increase = float(np.log(self.part.perplexity(mask))) - self.unpruned
                 self.found.append(Measured(state, disparity(found.table), increase, len(mask.removed)))
-            advance(1)
             if self.found:
                 best = min(self.found, key=self.order)
                 self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(best.increase):+.1%}")
