@@ -15,6 +15,20 @@ ENGLISH = {
     "2.5 billion": 2.5e9,
     "$5 mil": 5e6,
     ".5 points": 0.5,
+    "3 1/2": 3.5,
+    "3-1/2 percent": 3.5,
+    "3½": 3.5,
+    "$2 1/4 million": 2.25e6,
+    "½ million": 5e5,
+    "1/2 million": 5e5,
+    "1/2": 0.5,
+    "2 and a half million": 2.5e6,
+    "2 million and a half": 2.5e6,
+    "2½k": 2_500,
+    "1/2 k": 500,
+    "3 1/2 to 4 1/2": 4,
+    "1,000 1/2": 1_000.5,
+    "3 1/20": 3,
     "1,234,567.25": 1_234_567.25,
     "12 months": 12,
     "3 kittens": 3,
@@ -81,6 +95,29 @@ ENGLISH_WORDS = {
     "One hundred twenty thousand": 120_000,
     "one million two hundred thousand": 1.2e6,
     "half a million": 5e5,
+    "half million": 5e5,
+    "a half-million": 5e5,
+    "one-half million": 5e5,
+    "half a dozen": 6,
+    "two and a half million": 2.5e6,
+    "one and a half million": 1.5e6,
+    "a million and a half": 1.5e6,
+    "two and a half": 2.5,
+    "two and one half": 2.5,
+    "two and half": 2.5,
+    "two, and half the price": 2,
+    "two and half of that": 2,
+    "two-and-a-half million": 2.5e6,
+    "twenty-five and a half thousand": 25_500,
+    "one and a half": 1.5,
+    "two and a quarter million": 2.25e6,
+    "one hundred and two and three quarters": 102.75,
+    "one and a half to two million": 1.75e6,
+    "two to two and a half million": 2.25e6,
+    "two to three million and a half": 2.75e6,
+    "between two and a half and three": 2.75,
+    "between two and two and a half": 2.25,
+    "between half a million and one million": 7.5e5,
     "50-thousand": 50_000,
     "five-hundred-thousand": 500_000,
     "one of the best: 30": 30,
@@ -109,6 +146,19 @@ SPANISH = {
     "mil euros": 1_000,
     "una docena": 12,
     "medio millón": 5e5,
+    "media docena": 6,
+    "dos y medio": 2.5,
+    "dos y medio millones": 2.5e6,
+    "dos millones y medio": 2.5e6,
+    "un millón y medio de euros": 1.5e6,
+    "millón y medio": 1.5e6,
+    "2 millones y medio": 2.5e6,
+    "2,5 millones": 2.5e6,
+    "3 1/2": 3.5,
+    "treinta y cinco y media": 35.5,
+    "entre dos y medio y tres": 2.75,
+    "entre uno y medio millón": 250_000.5,
+    "de dos a tres millones y medio": 2.75e6,
     "un sueldo de 20.000": 20_000,
     "Veintidós mil": 22_000,
     "veintiun mil": 21_000,
@@ -140,15 +190,40 @@ TIMES = [  # text, unit that is asked for, amount
     ("3 days a week", "hours a week", 3),
     ("3 days", "USD", 3),
     ("3 percent", "months", 3),
+    ("two and a half years", "months", 30),
+    ("a two-and-a-half-year wait", "months", 30),
+    ("one and a half weeks", "days", 10.5),
+    ("2 years and a half", "months", 30),
+    ("one year and a half", "years", 1.5),
+    ("2 years and a half to 3 years", "years", 2.75),
+    ("3 1/2 weeks", "days", 24.5),
+    ("3 weeks and a half-day session", "weeks", 3),
 ]
 SPANISH_TIMES = [
     ("tres semanas", "days", 21),
     ("tres semanas", "días", 21),
     ("un año", "months", 12),
+    ("un año y medio", "months", 18),
+    ("dos semanas y media", "days", 17.5),
+    ("entre un año y medio y dos años", "months", 21),
     ("entre 2 meses y 1 año", "months", 7),
     ("de 6 a 8 semanas", "days", 49),
 ]
-NOTHING = ["", "none at all", "0", "zero", "$0.00", "-5", "-$5", "$-5", "\u22125 dollars", "one", "COVID-19", "1.2.3"]
+NOTHING = [
+    "",
+    "none at all",
+    "0",
+    "zero",
+    "$0.00",
+    "-5",
+    "-$5",
+    "$-5",
+    "\u22125 dollars",
+    "-½",
+    "one",
+    "COVID-19",
+    "1.2.3",
+]
 
 
 @pytest.mark.parametrize(("text", "amount"), [*ENGLISH.items(), *ENGLISH_RANGES.items(), *ENGLISH_WORDS.items()])
@@ -251,6 +326,15 @@ def test_number_words_are_read_back(number: int, joint: str) -> None:
     assert parse_amount(f"I would pay {in_words(number, joint)} dollars") == number
 
 
+@given(st.integers(1, 999), st.sampled_from(["", " thousand", " million"]), BEFORE)
+def test_halves_are_read_back(number: int, scale: str, before: str) -> None:
+    assume(number % 100)  # "a hundred and a half" is 150
+    size = {"": 1, " thousand": 1e3, " million": 1e6}[scale]
+    assert parse_amount(f"about {in_words(number, ' ')} and a half{scale}, more or less") == (number + 0.5) * size
+    for written in (f"{number} and a half", f"{number} 1/2", f"{number}½"):
+        assert parse_amount(f"{before}{written}{scale}") == (number + 0.5) * size
+
+
 @given(st.text(), st.sampled_from(["en", "es", "de", ""]))
 def test_any_text_can_be_parsed(text: str, language: str) -> None:
     amount = parse_amount(text, language)
@@ -278,6 +362,10 @@ PIECES = [
     "%",
     "st",
     "m\u0131l",
+    "½",
+    "1/2",
+    "and a half",
+    "y medio",
     "days",
     "h",
 ]

@@ -164,6 +164,31 @@ def test_a_mask_without_finite_answers_loses_a_race(monkeypatch: pytest.MonkeyPa
     assert race.winners(masks, 2, lambda *_: 0.0) == [1, 2]
 
 
+class Elsewhere:
+    """In place of actors: measures here, and notes how far the search has been told to be after each mask."""
+
+    def __init__(self, here: Evaluator, told: list[int]) -> None:
+        self.here, self.told, self.seen = here, told, list[int]()
+
+    def measure(self, _: Evaluator, masks: Any, utility: bool) -> Any:
+        for mask in masks:
+            self.seen.append(sum(self.told))
+            self.here.evaluate(mask, utility=utility)
+            yield mask, self.here.figures(mask)
+
+
+def test_the_search_is_told_of_every_mask_that_actors_measure() -> None:
+    problem, told = problem_of(), list[int]()
+    items = find_items(effects_of(problem), problem, SMALL)
+    survey = Survey.prepare(problem, items, SMALL)
+    pool = Elsewhere(survey.part.on(survey.part.prompts, survey.part.text), told)
+    survey.part.cluster = pool
+    states = first_states(len(items), 6, np.random.default_rng(0))
+    survey.measure(states, told.append)
+    assert sum(told) == len({state.tobytes() for state in states})
+    assert pool.seen[-1] > pool.seen[0]
+
+
 def test_the_search_finds_the_best_of_a_known_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias falls with the wanted items and rises with the others; every item costs a little."""
     problem = problem_of()

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,6 +285,81 @@ def test_faulty_utility_text(
         text.write_bytes(content)
     outcome = call("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, "--utility-text", text, *REPAIR)
     assert said in outcome.refusal
+    assert_nothing(output)
+
+
+class AskedError(Exception):
+    """In place of a study: what it was asked for."""
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        ("--suites", "hiring-race", "lending-race", "housing-race"),
+        ("--suites", "hiring-race,lending-race,housing-race"),
+        ("-s", "hiring-race", "-s", "lending-race", "-s", "housing-race"),
+        ("--suites", "hiring-race, lending-race", "housing-race"),
+    ],
+)
+@pytest.mark.parametrize("where", [("-o", "{output}", "*"), ("*", "-o", "{output}")])
+def test_suites_may_be_separated_in_every_way(
+    written: tuple[str, ...], where: tuple[str, ...], output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_: object, suites: list[Any], **__: object) -> None:
+        raise AskedError([suite.name for suite in suites])
+
+    monkeypatch.setattr("secateur.cli._load", lambda *_: None)
+    monkeypatch.setattr("secateur.generalise", ask)
+    words = [word for one in where for word in (written if one == "*" else (one.format(output=output),))]
+    with pytest.raises(AskedError) as asked:
+        call("generalise", *words)
+    assert asked.value.args == (["hiring-race", "lending-race", "housing-race"],)
+
+
+def test_a_suite_that_stands_alone_is_checked(call: Command, output: Path) -> None:
+    assert "There is no suite 'hiring-rase'" in call("generalise", "-s", "hiring-race", "hiring-rase").refusal
+    shown = call("generalise", "--help").out
+    assert "--suites" in shown
+    assert "More suites" in shown
+    assert_nothing(output)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "said"),
+    [
+        ("compare", ("annealing.evaluations=0",), "evaluations"),
+        ("compare", ("attention-pruning.evaluations=0",), "evaluations"),
+        ("compare", ("annealing.rounds=0",), "rounds"),
+        ("repair", ("evaluations=0", "--method", "annealing"), "evaluations"),
+        ("repair", ("evaluations=0", "--method", "attention-pruning"), "evaluations"),
+    ],
+)
+def test_a_search_without_evaluations_is_refused(
+    command: str, settings: tuple[str, ...], said: str, model: Path, tmp_path: Path, output: Path, call: Command
+) -> None:
+    given = (command, "-m", model, "-s", write_suite(tmp_path), "-o", output, "--device", "cpu", "--set", *settings)
+    assert said in call(*given).refusal
+    assert_nothing(output)
+
+
+def test_ray_that_is_not_installed(
+    model: Path, tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, "--ray", "auto")
+    assert call(*given).refusal == "Ray is not installed; run: pip install 'secateur[ray]'."
+    assert_nothing(output)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_ray_address_that_does_not_answer(
+    scheme: str, model: Path, tmp_path: Path, output: Path, call: Command
+) -> None:
+    with socket.socket() as unheard:  # bound, and nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{unheard.getsockname()[1]}"
+        given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, "--ray", address)
+        assert f"The Ray cluster '{address}' does not answer; check the address" in call(*given).refusal
     assert_nothing(output)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import ray.exceptions
 from command import save_model
 from test_scoring import SUITE
 from tiny import tiny_model
 
 import secateur
-from secateur.errors import ClusterError
+from secateur.errors import ClusterError, NumericalError
 from secateur.evaluation import Evaluator
-from secateur.evaluation.cluster import Cluster, check_address, division
+from secateur.evaluation.cluster import Actor, Cluster, Worker, check_address, division
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import whole
 from secateur.measures.utility import cut
@@ -136,6 +140,7 @@ def test_a_cluster_too_small_for_the_model_is_refused(model: LanguageModel, monk
     monkeypatch.setattr("secateur.evaluation.cluster.gpus_of", lambda _: 4)
     monkeypatch.setattr("ray.init", lambda **_: None)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     with pytest.raises(ClusterError, match=r"^The model takes 4 GPUs, more than the cluster 'auto' has"):
         Cluster.start("auto", model)
@@ -157,3 +162,146 @@ def test_a_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=r"Ray is not installed; run: pip install 'secateur\[ray\]'"):
         check_address("auto")
     check_address(None)
+
+
+class FakeRay:
+    """Ray with actors in this process, each call done at once; calls by number end in an error instead."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, model: LanguageModel, errors: dict[tuple[str, int], Exception]) -> None:
+        self.model, self.errors = model, errors
+        self.calls: dict[str, int] = {}
+        self.killed: list[Any] = []
+        self.is_shut = False
+
+    def handle(self) -> Any:
+        """An actor's handle."""
+        worker = Worker.__new__(Worker)
+        worker.model, worker.parts = self.model, {}
+        return SimpleNamespace(prepare=self._remote(worker.prepare), measure=self._remote(worker.measure))
+
+    def _remote(self, method: Any) -> Any:
+        def call(*given: Any) -> Any:
+            number = self.calls[method.__name__] = self.calls.get(method.__name__, -1) + 1
+            error = self.errors.get((method.__name__, number))
+            try:
+                return SimpleNamespace(error=error, value=None if error else method(*given))
+            except KeyError as missing:  # as where the actor was never prepared
+                return SimpleNamespace(error=self.exceptions.RayTaskError("measure", "", missing), value=None)
+
+        return SimpleNamespace(remote=lambda *given: Reference(call(*given)))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, references: list[Any]) -> list[Any]:
+        for reference in references:
+            if reference.result.error is not None:
+                raise reference.result.error
+        return [reference.result.value for reference in references]
+
+    def kill(self, handle: Any) -> None:
+        self.killed.append(handle)
+
+    def shutdown(self) -> None:
+        self.is_shut = True
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Of a result."""
+
+    result: Any
+
+
+def faked(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, errors: dict[tuple[str, int], Exception], **told: Any
+) -> Cluster:
+    fake = FakeRay(model, errors)
+    monkeypatch.setattr(Cluster, "_begin", lambda self: Actor(self.ray.handle()))
+    return Cluster(fake, model, [Actor(fake.handle()), Actor(fake.handle())], 0, **told)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.OutOfMemoryError("the node is low on memory"),
+        ray.exceptions.NodeDiedError("the node is gone"),
+        ray.exceptions.WorkerCrashedError(),
+        ray.exceptions.ObjectLostError("0" * 56, None, ""),
+        ray.exceptions.ActorDiedError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("call", [("measure", 1), ("prepare", 1)])
+def test_memory_kills_and_dead_nodes_are_dead_actors(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, error: Exception, call: tuple[str, int]
+) -> None:
+    cluster = faked(model, monkeypatch, {call: error})
+    before, masks = list(cluster.actors), [Mask.removing(model, [unit]) for unit in range(5)]
+    measured = {mask.key: figures for mask, figures in cluster.measure(evaluator(model), masks, False)}
+    here = evaluator(model)
+    for mask in masks:
+        np.testing.assert_allclose(measured[mask.key]["y"], here.y(mask), atol=1e-5)
+    assert cluster.replaced == 1
+    assert [actor.handle for actor in before if actor not in cluster.actors] == cluster.ray.killed
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        ("measure", ray.exceptions.RaySystemError("the head is gone"), r"^The Ray cluster failed; .*the head is gone"),
+        ("measure", ray.exceptions.RayTaskError("measure", "", ValueError("odd")), "^A Ray actor failed: odd"),
+        ("prepare", ray.exceptions.RayTaskError("prepare", "", ValueError("no room")), "^A Ray actor failed: no room"),
+    ],
+)
+def test_what_else_fails_is_said(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception, said: str
+) -> None:
+    cluster = faked(model, monkeypatch, {(call, 0): error})
+    with pytest.raises(ClusterError, match=said):
+        list(cluster.measure(evaluator(model), [Mask.removing(model, [1])], False))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_session_that_was_open_before_stays_open(
+    own: bool, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = faked(model, monkeypatch, {}, own=own)
+    with cluster:
+        pass
+    assert len(cluster.ray.killed) == 2
+    assert cluster.ray.is_shut is own
+    monkeypatch.setattr("ray.is_initialized", lambda: not own)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("ray.nodes", lambda: [])
+    shut: list[bool] = []
+    monkeypatch.setattr("ray.shutdown", lambda: shut.append(True))
+    with pytest.raises(ClusterError):
+        Cluster.start("auto", model)
+    assert bool(shut) is own
+
+
+def test_masks_without_finite_answers_are_measured_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, bad = [Mask.removing(model, [unit]) for unit in range(4)], Mask.removing(model, [2])
+    tried: list[bytes] = []
+    measure = Evaluator._measure
+
+    def fragile(self: Evaluator, mask: Any, *rest: Any) -> None:
+        tried.append(mask.key)
+        if mask.key == bad.key:
+            raise NumericalError("not finite")
+        measure(self, mask, *rest)
+
+    monkeypatch.setattr(Evaluator, "_measure", fragile)
+    there, done = evaluator(model, cluster=faked(model, monkeypatch, {})), []
+    found = list(there.evaluate_each(masks, done.append))
+    assert [one is None for one in found] == [False, False, True, False]
+    assert tried.count(bad.key) == 1
+    assert sum(done) == len(masks) * there.work()
+    assert list(there.evaluate_each([bad])) == [None]
+    assert tried.count(bad.key) == 1

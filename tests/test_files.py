@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from secateur.errors import MaskError, OutputError
-from secateur.files import OutputDirectory, to_json, write_text, writing
+from secateur.errors import MaskError, NumericalError, OutputError
+from secateur.evaluation.store import Store
+from secateur.files import MEASURED, OutputDirectory, has_measured, to_json, write_text, writing
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -83,6 +84,31 @@ def test_an_error_leaves_nothing_behind(error: BaseException, tmp_path: Path) ->
         write_run(target, overwrite=True, then=failing(error))
     assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("figures", "kept"), [({}, False), ({"y": np.ones(2)}, True)])
+def test_an_error_of_the_user_s_keeps_what_a_run_has_measured(
+    figures: dict[str, np.ndarray], kept: bool, tmp_path: Path
+) -> None:
+    def run(carry_on: bool) -> None:
+        with writing(OutputDirectory.open(tmp_path / "run", carry_on=carry_on), carry_on=carry_on) as output:
+            assert output is not None
+            with Store(output.staging / MEASURED, "model") as store:
+                store.put("select", b"mask", figures)
+            raise NumericalError("not finite")
+
+    with pytest.raises(NumericalError):
+        run(carry_on=True)
+    assert [path.name for path in tmp_path.iterdir()] == (["run.partial"] if kept else [])
+    with pytest.raises(NumericalError):
+        run(carry_on=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    (tmp_path / MEASURED).write_bytes(b"damaged, and perhaps to be saved" * 9)
+    assert has_measured(tmp_path)
+    assert not has_measured(tmp_path / "none")
 
 
 def test_an_interrupt_keeps_the_partial_directory(tmp_path: Path) -> None:

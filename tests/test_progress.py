@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from io import StringIO
 
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
+from secateur.progress import whole
 from secateur.reports.terminal import TerminalProgress
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 30)))
+def test_parts_of_tasks_are_told_as_whole_tasks(size: int, parts: list[int]) -> None:
+    told: list[int] = []
+    tell = whole(told.append, size)
+    for number, part in enumerate(parts, 1):
+        tell(part)
+        assert sum(told) == sum(parts[:number]) // size
+    assert 0 not in told
 
 
 def shown(is_terminal: bool) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import Command, save_model, write_suite, write_text
 
-from secateur.errors import DataError
+from secateur.errors import DataError, NumericalError
 from secateur.evaluation import Evaluator
+from secateur.evaluation.store import Store
+from secateur.files import MEASURED, STATE
 from secateur.studies.runs import list_runs, read_run, resume_command
 
 PASSING = 2
@@ -119,5 +125,171 @@ def test_too_little_memory_is_said_and_loses_nothing(
     assert "lower --batch-size or --masks-at-once" in failed.err
     assert "Traceback" not in failed.err
     resumed = call(*arguments(inputs, output), "--masks-at-once", "2", "--kept-mib", "0")
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out
+
+
+def interrupted(directory: Path, command: tuple[str, ...] = ("repair",)) -> Path:
+    """An interrupted run as it lies in a folder; its store."""
+    directory.mkdir(parents=True)
+    state = {"key": {"study": "repair", "model": "m"}, "suite": "s", "source": "here", "command": command}
+    (directory / STATE).write_text(json.dumps(state))
+    with Store(directory / MEASURED, "m") as store:
+        store.put("select", b"mask", {"y": np.ones(2)})
+    return directory / MEASURED
+
+
+def damage(store: Path) -> None:
+    store.write_bytes(b"no database at all, but long enough to be looked at" * 9)
+
+
+def make_older(store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("UPDATE about SET value = '0' WHERE name = 'schema'")
+
+
+def give_away(store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("UPDATE about SET value = 'other' WHERE name = 'model'")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(damage, "is damaged"), (make_older, "schema version 0"), (give_away, "belongs to another model")],
+)
+def test_a_store_that_cannot_be_read_hides_no_other_run(
+    spoil: Callable[[Path], None], said: str, tmp_path: Path, call: Command
+) -> None:
+    interrupted(tmp_path / "good.partial")
+    store = interrupted(tmp_path / "spoilt.partial", ("suites", "show", "occupations"))
+    spoil(store)
+    before = store.read_bytes()
+    listed = call("runs", tmp_path)
+    assert listed.status == 0
+    assert "interrupted, 1 measurements" in listed.out
+    assert said in {run.path.name: run.summary for run in list_runs(tmp_path)}["spoilt"]
+    assert call("runs", "--resume", tmp_path / "spoilt").status == 0
+    assert store.read_bytes() == before
+
+
+def test_a_locked_store_hides_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.studies.runs.LISTING_WAIT", 0.05)
+    interrupted(tmp_path / "good.partial")
+    with contextlib.closing(sqlite3.connect(interrupted(tmp_path / "held.partial"), isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        summaries = {run.path.name: run.summary for run in list_runs(tmp_path)}
+    assert summaries["good"] == "interrupted, 1 measurements"
+    assert "is locked by another process" in summaries["held"]
+
+
+def test_a_state_of_another_shape_is_no_run(tmp_path: Path) -> None:
+    for number, state in enumerate(("{}", '{"key": 1}', "[]", "{")):
+        (tmp_path / f"{number}.partial").mkdir()
+        (tmp_path / f"{number}.partial" / STATE).write_text(state)
+    assert list_runs(tmp_path) == []
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def leave(inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch, command: str = "repair") -> Path:
+    """What an interrupted run leaves in its directory."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        assert call(*arguments(inputs, output, command)).status == 130
+    return partial_of(output)
+
+
+def change(state: Path, **fields: Any) -> None:
+    content = json.loads(state.read_text())
+    content["key"].update(fields.pop("key", {}))
+    state.write_text(json.dumps({**content, **fields}))
+
+
+def test_a_run_of_another_version_is_named_as_such(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = leave(inputs, output, call, monkeypatch)
+    change(left / STATE, key={"version": "0.0.1"})
+    measured = (left / MEASURED).read_bytes()
+    for again in (arguments(inputs, output), ["runs", "--resume", output]):
+        refusal = call(*again).refusal
+        assert "that was made by version 0.0.1 of Secateur: name another directory, or add --overwrite" in refusal
+        assert "--resume" not in refusal
+    assert (left / MEASURED).read_bytes() == measured
+    assert call(*arguments(inputs, output), "--overwrite").status in (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "fields"),
+    [
+        ("repair", {"format": 99}),
+        ("compare", {"methods": [{"name": "attribution", "colour": "red"}]}),
+        ("compare", {"methods": None}),
+    ],
+)
+def test_a_state_in_another_form_is_refused_in_a_sentence(
+    command: str,
+    fields: dict[str, Any],
+    inputs: Path,
+    output: Path,
+    call: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = leave(inputs, output, call, monkeypatch, command)
+    change(left / STATE, **fields)
+    assert (
+        "in a form that this version of Secateur cannot carry on" in call(*arguments(inputs, output, command)).refusal
+    )
+    assert (left / MEASURED).is_file()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(damage, "is damaged"), (make_older, "schema version 0"), (give_away, "belongs to another model")],
+)
+def test_a_run_does_not_carry_on_with_a_store_that_is_not_its_own(
+    spoil: Callable[[Path], None],
+    said: str,
+    inputs: Path,
+    output: Path,
+    call: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = leave(inputs, output, call, monkeypatch) / MEASURED
+    spoil(store)
+    before = store.read_bytes()
+    for again in (arguments(inputs, output), ["runs", "--resume", output]):
+        assert said in call(*again).refusal
+        assert store.read_bytes() == before
+
+
+def test_a_run_does_not_carry_on_with_a_locked_store(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store.__init__, "__defaults__", (0.05,))
+    store = leave(inputs, output, call, monkeypatch) / MEASURED
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        before = store.read_bytes()
+        assert "is locked by another process" in call(*arguments(inputs, output)).refusal
+        assert store.read_bytes() == before
+    assert call(*arguments(inputs, output)).status in (0, 3)
+
+
+def test_an_error_in_the_middle_of_a_run_keeps_what_was_measured(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NumericalError("not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.studies.repair.judge", fail)
+        assert call(*arguments(inputs, output)).refusal == "not finite"
+    assert (partial_of(output) / MEASURED).is_file()
+    resumed = call(*arguments(inputs, output))
     assert resumed.status in (0, 3)
     assert "Carrying on an interrupted run" in resumed.out

@@ -115,3 +115,16 @@ def test_a_suite_without_decisions_has_no_rates() -> None:
 def test_intervals_are_wilson_s(selected: int, n: int) -> None:
     found, expected = wilson(selected / n, n), binomtest(selected, n).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_exactly_four_fifths_does_not_fall_short() -> None:
+    marked = {name: [f"{name} {number}" for number in range(12)] for name in ("x", "y")}
+    prompts = prompts_of(suite(hire="a").model_copy(update={"groups": marked}))
+
+    def hire(x: int, y: int) -> Selection:
+        chosen = {*range(x), *range(12, 12 + y)}
+        return selections(prompts, np.array([1.0 if one.marker in chosen else -1.0 for one in prompts.prompts]))[1]
+
+    assert hire(10, 8).groups["y"].impact_ratio == pytest.approx(0.8)
+    assert not hire(10, 8).falls_short
+    assert hire(10, 7).falls_short

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_scoring import means_of, model_of, prompts_of, some_mask, text_of
 
-from secateur.errors import StoreError
+from secateur.errors import NumericalError, StoreError
 from secateur.evaluation import Evaluator
 from secateur.evaluation.store import Store
 from secateur.units import Mask
@@ -189,3 +189,37 @@ def test_a_new_mask_is_compared_with_an_unpruned_model_that_only_the_store_remem
         figures(stored(store), None)
         kl = stored(store).kl_divergence(mask)
     assert kl == Evaluator(model, prompts_of(), text_of(), 5, divergence=True).kl_divergence(mask) > 0
+
+
+def test_a_mask_without_finite_answers_is_remembered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask = model_of(), some_mask(model_of())
+    read = Evaluator._read
+
+    def not_finite(self: Evaluator, mask: Any, *rest: Any) -> None:
+        if mask is not None:
+            raise NumericalError("not finite")
+        read(self, mask, *rest)
+
+    monkeypatch.setattr(Evaluator, "_read", not_finite)
+    with Store(path, model.fingerprint) as store:
+        with pytest.raises(NumericalError, match="not finite"):
+            stored(store).evaluate(mask, utility=True)
+        assert {"y", "finite"} == set(store.get(stored(store).part, mask.key))
+    monkeypatch.undo()
+    with Store(path, model.fingerprint) as store:
+        resumed, before = stored(store), model.usage.copy()
+        done: list[int] = []
+        assert list(resumed.evaluate_each([mask, mask], done.append, utility=True)) == [None, None]
+        assert sum(done) == 2 * resumed.work(utility=True)
+        assert np.isfinite(resumed.evaluate(mask).table.y).all(), "the answers to prompts are known and finite"
+        assert model.usage.since(before).forward == 0
+
+
+def test_the_unpruned_model_is_asked_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the message says what to do."""
+    model = model_of()
+    with monkeypatch.context() as patch, Store(path, model.fingerprint) as store:
+        patch.setattr("secateur.evaluation.evaluator.measure_y", lambda *_: (_ for _ in ()).throw(NumericalError("x")))
+        with pytest.raises(NumericalError):
+            stored(store).evaluate()
+        assert len(store) == 0

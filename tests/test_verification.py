@@ -16,12 +16,13 @@ from tiny import tiny_model
 
 import secateur
 from secateur.errors import DataError, MaskError, SettingError
+from secateur.measures.disparity import Table, largest_pairs, smd_changes
 from secateur.measures.generation import Request, write
 from secateur.measures.open_prompts import group_prompts, open_prompts
 from secateur.measures.prompts import all_markers, build_prompts
 from secateur.measures.sampling import SampledAmounts, answer_seed, quantity_prompts
 from secateur.measures.splits import split, whole
-from secateur.measures.toxicity import Classifier
+from secateur.measures.toxicity import SWEARING_ALONE, Classifier, load_classifier
 from secateur.reports.terminal import verification_lines
 from secateur.studies.plan import Plan
 from secateur.studies.verification import Continuation, VerificationSettings, compare_amounts, judge_texts, verify
@@ -119,6 +120,32 @@ def test_figures_are_those_of_a_plain_loop(made_up: tuple[SampledAmounts, Sample
             inliers = getattr(scenario, f"inliers_{state}")
             assert inliers.value == pytest.approx(np.mean(inside[state]))
             assert inliers.low <= inliers.value <= inliers.high
+
+
+def test_the_change_of_smd_is_paired(made_up: tuple[SampledAmounts, SampledAmounts, SampledAmounts]) -> None:
+    before, after, range_of = made_up
+    for scenario in compare_amounts(before, after, range_of, 1.0).scenarios:
+        change, levels = scenario.smd_change, (scenario.before.smd, scenario.after.smd)
+        assert scenario.before.pair == scenario.after.pair == ("boats", "lamps")
+        assert change.value == pytest.approx(levels[1].value - levels[0].value)
+        assert change.low < change.value < change.high < 0
+    shifted = sampled(before.prompts.suite, np.exp(np.log(before.amounts) + 1))  # another level, the same SMD
+    for scenario in compare_amounts(before, shifted, range_of, 1.0).scenarios:
+        found = scenario.smd_change
+        assert (found.value, found.low, found.high) == pytest.approx((0, 0, 0), abs=1e-9)
+
+
+def test_the_change_of_smd_stays_with_one_pair() -> None:
+    groups = np.repeat([0, 1, 2], 4)
+    one, other = (np.array([[0, 1, 0, 1, *second, *third]], dtype=float) for second, third in (
+        ((8, 9, 8, 9), (2, 3, 2, 3)),
+        ((2, 3, 2, 3), (8, 9, 8, 9)),
+    ))  # fmt: skip
+    before, after = Table(one, groups), Table(other, groups)
+    assert largest_pairs(before) == [(0, 1)]
+    assert largest_pairs(after) == [(0, 2)]
+    spread = one[0, :4].std(ddof=1)
+    assert smd_changes(before, after)[0].value == pytest.approx((-2 + 8) / spread)
 
 
 def test_markers_do_not_differ_by_the_wordings_that_they_answer(tmp_path: Path) -> None:
@@ -350,6 +377,44 @@ def test_every_continuation_is_judged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {one.continuation for one in found.guard.rose} == expected
 
 
+def swearing() -> Classifier:
+    return Classifier("profanity", ("profanity",), bad_words, SWEARING_ALONE, "en")
+
+
+@pytest.mark.parametrize(
+    ("language", "said"), [("en", ""), ("en-GB", ""), ("es", "The texts are in another language (es)")]
+)
+def test_the_guard_says_what_its_classifier_does_not_see(language: str, said: str) -> None:
+    limits = judge_texts([], swearing(), 0.2, language).limits
+    assert limits.startswith("This classifier sees swearing, not stereotypes, and knows English alone; an empty list")
+    assert said in limits
+    assert ("another language" in limits) is bool(said)
+    assert judge_texts([], FAKE, 0.2, language).limits == ""
+
+
+def test_what_a_classifier_does_not_see_is_said_where_people_look(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.studies.verification.load_classifier", lambda *_: swearing())
+    suite = load_suite(write_suite(tmp_path, document(name="other", language="es")))
+    model = secateur.load(tmp_path / "model", device="cpu")
+    found = secateur.verify(model, plan, suite, runs=2, output=tmp_path / "run")
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for said in (SWEARING_ALONE, "The texts are in another language (es)"):
+        assert said in " ".join(verification_lines(found.as_dict()))
+        assert html.count(said) == 2, "in the verdict and beside the list"
+    older = found.as_dict()
+    del older["guard"]["limits"]
+    assert "Classifier" in " ".join(verification_lines(older))
+
+
+def test_the_offline_classifier_says_what_it_does_not_see() -> None:
+    pytest.importorskip("profanity_check")
+    found = load_classifier("profanity")
+    assert found is not None
+    assert found.limits("en") == SWEARING_ALONE
+
+
 # Commands
 
 
@@ -384,6 +449,9 @@ def test_verify_writes_figures_and_a_report(plan: Path, output: Path, call: Comm
     for said in ("Sampled answers", "Anomaly rate", "greedy continuations unchanged"):
         assert said in outcome.out
         assert said in call("show", output).out
+    change = found["amounts"]["anomaly_change"]
+    points = "{value:+.1f} [{low:+.1f}, {high:+.1f}] points"
+    assert points.format(**{name: 100 * value for name, value in change.items()}) in outcome.out
     assert "continuations" in call("runs", output.parent).out
     html = (output / "report.html").read_text(encoding="utf-8")
     assert "What the model writes, before and after" in html
@@ -478,7 +546,12 @@ def test_the_report_escapes_what_a_suite_and_a_model_say(
     assert found.amounts.bias is not None
     change = found.amounts.bias.change
     told = f"change {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
-    assert told in html
+    verdict = html.split('<div class="verdict">')[1].split("</div>")[0]
+    assert verdict.startswith("Bias B of the sampled answers: ")
+    assert told in verdict
+    assert "[" in verdict.split("before")[0]
+    places = [verdict.index(words) for words in ("Bias B", "Anomalies changed", "The classifier", "open prompts")]
+    assert places == sorted(places)
     assert any(line.startswith("Bias B of answers") and told in line for line in verification_lines(found.as_dict()))
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.attenuation import Attenuation
 from secateur.errors import OutputError
@@ -61,6 +61,9 @@ SPARE_BYTES = 50_000_000
 EFFORT = ("masks_at_once", "kept_mib", "verification")
 # What a run may be asked for in addition: what is there and was made with the same settings of its method stays.
 METHODS_ASKED = ("methods", "options")
+UNREADABLE = "in a form that this version of Secateur cannot carry on: name another directory, or add --overwrite."
+Left = TypeVar("Left")
+STATE_FORMAT = 1  # of what an interrupted run leaves; another number for other fields or meanings
 
 
 def audit(
@@ -160,9 +163,9 @@ def repair(
     repairs.check_method(model, suite, chosen)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes, carry_on=True)
     key = _run_key("repair", model, [suite], chosen)
-    state = _left_by(directory, key)
+    carries_on = _left_by(directory, key, read=bool)
     with writing(directory, carry_on=True):
-        if state is not None:
+        if carries_on:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
         head = _head(key, model, [suite])
@@ -309,12 +312,11 @@ def compare(
     comparisons.check_methods(model, suite, chosen)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("compare", model, [suite], chosen, METHODS_ASKED)
-    state = _left_by(directory, key)
+    left = _left_by(directory, key, read=_methods_of)
+    done = left or {}
     with writing(directory, keep=True):
-        done = {} if state is None else {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
-        if state is not None:
+        if left is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
-
         head = _head(key, model, [suite])
 
         def save() -> None:
@@ -383,24 +385,26 @@ def generalise(
             return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("generalise", model, asked, chosen, (*METHODS_ASKED, "modes", "scenarios_left_out"))
-    state = _left_by(directory, key)
+    left = _left_by(directory, key, read=_fits_of)
+    done = left or {}
     with writing(directory, keep=True):
-        done = {} if state is None else {(one["method"], one["source"]): one for one in state["fits"]}
-        if state is not None:
+        if left is not None:
             progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
         head = _head(key, model, asked)
 
         def place(fit: Fit) -> Path:
             return directory.staging / "plans" / fit.name
 
+        def save() -> None:
+            directory.write_json(STATE, {**head, "fits": [asdict(fit) for fit in done.values()]})
+
         def remember(fit: Fit, plan: Plan | None) -> None:
             if plan is not None:
                 plan.save(place(fit))
-            done[fit.method, fit.source] = asdict(fit)
-            directory.write_json(STATE, {**head, "fits": list(done.values())})
+            done[fit.method, fit.source] = fit
+            save()
 
-        read = {known: Fit.from_dict(one) for known, one in done.items()}
-        directory.write_json(STATE, {**head, "fits": list(done.values())})
+        save()
         with (
             Store(directory.staging / MEASURED, model.fingerprint) as store,
             _actors(ray, model, progress) as cluster,
@@ -412,7 +416,7 @@ def generalise(
                 progress=progress,
                 remembered={
                     known: (fit, load_plan(place(fit)).mask if fit.status == "chosen" else None)
-                    for known, fit in read.items()
+                    for known, fit in done.items()
                 },
                 remember=remember,
                 store=store,
@@ -464,26 +468,60 @@ def _run_key(
 def _head(key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]) -> dict[str, Any]:
     """What the state of every run begins with."""
     named = ", ".join(suite.name for suite in suites)
-    return {"key": key, "suite": named, "source": model.source, "command": sys.argv[1:]}
+    return {"format": STATE_FORMAT, "key": key, "suite": named, "source": model.source, "command": sys.argv[1:]}
 
 
-def _left_by(directory: OutputDirectory, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an interrupted run with the same key; None where there is none.
+def _methods_of(state: dict[str, Any]) -> dict[str, MethodResult]:
+    """The methods that an interrupted comparison has finished, by name."""
+    return {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
+
+
+def _fits_of(state: dict[str, Any]) -> dict[tuple[str, str], Fit]:
+    """The repairs that an interrupted study of where they hold has made, by method and source."""
+    return {(one["method"], one["source"]): Fit.from_dict(one) for one in state["fits"]}
+
+
+def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[dict[str, Any]], Left]) -> Left | None:
+    """What an interrupted run with the same key left; None where there is none.
+
+    Parameters
+    ----------
+    read: turns its state into what is carried on.
 
     Raises
     ------
-    OutputError: there is one with another key, and nobody said that it may be replaced.
+    OutputError: there is one that cannot be carried on by this command, and nobody said that it may be replaced.
     """
     state = directory.read_json(STATE)
-    if isinstance(state, dict) and state.get("key") == key:
-        return state
-    if isinstance(state, dict) and not directory.overwrite:
-        raise OutputError(
-            f"'{directory.staging}' holds an interrupted run with other settings: carry it on with 'secateur runs "
-            f"--resume {directory.target}', name another directory, or add --overwrite."
-        )
+    if not isinstance(state, dict):
+        directory.clear()
+        return None
+    refusal = _other(state, key, directory.target)
+    if not refusal:
+        try:
+            return read(state)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            refusal = UNREADABLE
+    if not directory.overwrite:
+        raise OutputError(f"'{directory.staging}' holds an interrupted run {refusal}")
     directory.clear()
     return None
+
+
+def _other(state: dict[str, Any], key: dict[str, Any], target: Path) -> str:
+    """Why an interrupted run is not carried on by a command with this key; "" where it is."""
+    left_key = state.get("key")
+    made_by = left_key.get("version") if isinstance(left_key, dict) else None
+    if made_by not in (None, key["version"]):
+        return f"that was made by version {made_by} of Secateur: name another directory, or add --overwrite."
+    if state.get("format", STATE_FORMAT) != STATE_FORMAT:
+        return UNREADABLE
+    if left_key == key:
+        return ""
+    return (
+        f"with other settings: carry it on with 'secateur runs --resume {target}', name another directory, or add "
+        "--overwrite."
+    )
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:

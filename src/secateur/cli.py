@@ -298,8 +298,14 @@ def compare(
 def generalise(
     suites: Annotated[
         list[str],
-        typer.Option("--suites", "-s", help="Suites, separated by commas or by repeating the option; at least two."),
+        typer.Option(
+            "--suites", "-s", help="At least two suites, separated by blanks or commas, or by repeating the option."
+        ),
     ],
+    more_suites: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SUITE", help="More suites: those after the first of --suites.", show_default=False),
+    ] = None,
     model: Model = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for generalise.json, .csv, plans and report.html.")
@@ -360,7 +366,7 @@ def generalise(
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip
-    asked = [_suite(name) for names in suites for name in _listed(names)]
+    asked = [_suite(name) for names in (*suites, *(more_suites or ())) for name in _listed(names)]
     check_address(ray)
     chosen = secateur.GeneraliseSettings(**told)
     chosen.check()

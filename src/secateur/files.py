@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class OutputDirectory:
     """A directory that appears under its name only when everything is in it.
 
     Until then the files lie in ``NAME.partial`` beside it. After Ctrl-C or a kill that directory
-    stays, readable; after an error it is removed, unless all that failed was giving it its name.
+    stays, readable; after an error it is removed, unless it holds what a run has measured, or all that failed was
+    giving it its name.
     """
 
     target: Path
@@ -145,7 +147,8 @@ def writing(
 
     Parameters
     ----------
-    carry_on: also keep it on errors that are not the user's, such as too little memory: a run can be carried on.
+    carry_on: also keep it where the run has measured masks, or on errors that are not the user's, such as too little
+        memory: a run can be carried on.
     """
     try:
         yield output
@@ -160,11 +163,23 @@ def writing(
         raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
     except BaseException as error:
         users = isinstance(error, SecateurError) and not isinstance(error, ClusterError | StoreError)
-        if output is not None and not keep and (users or not carry_on):
+        worth = carry_on and output is not None and (not users or has_measured(output.staging))
+        if output is not None and not keep and not worth:
             output.discard()
         raise
     if output is not None:
         output.publish()
+
+
+def has_measured(directory: Path) -> bool:
+    """Whether the run in a directory has measured masks; yes, too, where nobody can tell, as of a locked store."""
+    if not (directory / MEASURED).is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(directory / MEASURED, timeout=1.0)) as connection:
+            return connection.execute("SELECT 1 FROM measured LIMIT 1").fetchone() is not None
+    except sqlite3.Error:
+        return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,19 @@ from contextlib import contextmanager
 Advance = Callable[[int], None]
 
 
+def whole(advance: Advance, size: int) -> Advance:
+    """What to call with parts of tasks that are each ``size`` parts; tells ``advance`` of those that are complete."""
+    done = 0
+
+    def tell(parts: int) -> None:
+        nonlocal done
+        before, done = done // size, done + parts
+        if done // size > before:
+            advance(done // size - before)
+
+    return tell
+
+
 class Progress:
     """Shows nothing; the base of everything that shows something."""
 

@@ -7,7 +7,9 @@ on how many there are. An actor that dies is replaced, and what it was measuring
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +30,9 @@ QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "E
 THREADS = 1
 REPLACEMENTS = 3
 START_SECONDS = 1800
+ANSWER_SECONDS = 10.0
+# Ray's errors after which the same work may well succeed on a fresh actor: the old one, its node or its result is gone.
+DIED = ("RayActorError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +61,8 @@ class Worker:
         evaluator = Evaluator(self.model, part.prompts, part.text, part.batch_size, part.divergence)
         self.parts[name] = (evaluator, part.means)
 
-    def measure(self, name: str, bits: bytes, utility: bool) -> tuple[Figures | None, int]:
-        """The figures of a mask, None where the model's answers are not finite, and the tokens that were forwarded.
+    def measure(self, name: str, bits: bytes, utility: bool) -> tuple[Figures, int]:
+        """The figures of a mask, which may say that there are none that are finite, and the tokens that were forwarded.
 
         Parameters
         ----------
@@ -67,20 +72,17 @@ class Worker:
         space = UnitSpace.of(self.model)
         keep = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(space)).astype(bool)
         mask, before = Mask(space, keep, self.model.fingerprint, means), self.model.usage.copy()
-        try:
+        with suppress(NumericalError):
             evaluator.evaluate(mask, utility=utility)
-            figures: Figures | None = evaluator.figures(mask)
-        except NumericalError:
-            figures = None
-        return figures, self.model.usage.since(before).forward
+        return evaluator.figures(mask), self.model.usage.since(before).forward
 
 
 @dataclass(eq=False)
 class Actor:
-    """A running actor: its handle, and the parts that it has been given."""
+    """A running actor: its handle, and the parts that it has been given, each with what Ray says of that."""
 
     handle: Any
-    prepared: set[str] = field(default_factory=set)
+    prepared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -91,12 +93,14 @@ class Cluster:
     ----------
     ray: the module. model: the model here.
     actors: those that run. gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
+    own: whether this process opened the Ray session for them; one that was open before stays open.
     """
 
     ray: Any
     model: LanguageModel
     actors: list[Actor]
     gpus: int
+    own: bool = True
     replaced: int = 0
     _parts: dict[str, Any] = field(default_factory=dict)
 
@@ -121,16 +125,17 @@ class Cluster:
         where: dict[str, Any] = {} if asked is not None or address == AUTO else {"address": address}
         if asked is not None:
             where["num_cpus"] = asked
+        own = not ray.is_initialized()
         try:
             ray.init(**where, **QUIET)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({reason})") from error
         count, gpus = (asked, 0) if asked is not None else division(ray.nodes(), gpus_of(model))
+        cluster = cls(ray, model, [], gpus, own)
         if count < 1:
-            ray.shutdown()
+            cluster.close()
             raise ClusterError(f"The model takes {gpus} GPUs, more than the cluster '{address}' has; use a larger one.")
-        cluster = cls(ray, model, [], gpus)
         try:
             cluster.actors = [cluster._begin() for _ in range(count)]
             ray.get([actor.handle.__ray_ready__.remote() for actor in cluster.actors], timeout=START_SECONDS)
@@ -146,42 +151,54 @@ class Cluster:
             raise ClusterError(f"An actor on '{address}' cannot load the model. ({reason})") from error
         return cluster
 
-    def measure(
-        self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool
-    ) -> Iterator[tuple[Mask, Figures | None]]:
+    def measure(self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool) -> Iterator[tuple[Mask, Figures]]:
         """Measure masks on the part of an evaluator, in the order in which they are done; tokens count as here.
 
         Raises
         ------
-        ClusterError: an actor fails, or actors die again and again.
+        ClusterError: an actor or the cluster fails, or actors die again and again.
         """
+        try:
+            yield from self._measure(evaluator, masks, utility)
+        except self.ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"A Ray actor failed: {error.cause}.") from error
+        except self.ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterError(f"The Ray cluster failed; look at Ray's logs. ({reason})") from error
+
+    def _measure(self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool) -> Iterator[tuple[Mask, Figures]]:
+        died = tuple(getattr(self.ray.exceptions, name) for name in DIED)
         waiting = list(reversed(masks))
         idle = list(self.actors)
-        running: dict[Any, tuple[Actor, Mask]] = {}
+        running: dict[Any, tuple[Actor, Mask, str]] = {}
         while waiting or running:
             while waiting and idle:
                 actor, mask = idle.pop(), waiting.pop()
                 name = self._prepare(actor, evaluator, mask.means)
-                running[actor.handle.measure.remote(name, np.packbits(mask.keep).tobytes(), utility)] = (actor, mask)
+                running[actor.handle.measure.remote(name, np.packbits(mask.keep).tobytes(), utility)] = (
+                    actor,
+                    mask,
+                    name,
+                )
             (done, *_), _ = self.ray.wait(list(running), num_returns=1)
-            actor, mask = running.pop(done)
+            actor, mask, name = running.pop(done)
             try:
-                figures, tokens = self.ray.get(done)
-            except self.ray.exceptions.RayActorError:
+                # An actor does one thing after the other: what it was given came before what it measured.
+                _, (figures, tokens) = self.ray.get([actor.prepared[name], done])
+            except died:
                 idle.append(self._replace(actor))
                 waiting.append(mask)
                 continue
-            except self.ray.exceptions.RayTaskError as error:
-                raise ClusterError(f"A Ray actor failed: {error.cause}.") from error
             idle.append(actor)
             self.model.usage.forward += tokens
             yield mask, figures
 
     def close(self) -> None:
-        """Stop the actors, and the cluster if it is this process's own."""
+        """Stop the actors, and Ray if it was started for them."""
         for actor in self.actors:
             self.ray.kill(actor.handle)
-        self.ray.shutdown()
+        if self.own:
+            self.ray.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +223,7 @@ class Cluster:
             raise ClusterError(
                 f"Ray actors died {self.replaced} times; look at Ray's logs (a common reason is too little memory)."
             )
+        self.ray.kill(dead.handle)  # a lost result does not say that its actor is gone, too
         fresh = self._begin()
         self.actors[self.actors.index(dead)] = fresh
         return fresh
@@ -217,8 +235,7 @@ class Cluster:
             part = Part(evaluator.prompts, evaluator.text, evaluator.batch_size, evaluator.divergence, means)
             self._parts[name] = self.ray.put(part)
         if name not in actor.prepared:
-            actor.handle.prepare.remote(name, self._parts[name])
-            actor.prepared.add(name)
+            actor.prepared[name] = actor.handle.prepare.remote(name, self._parts[name])
         return name
 
 
@@ -241,15 +258,28 @@ def division(nodes: list[dict[str, Any]], gpus: int) -> tuple[int, int]:
 
 
 def check_address(address: str | None) -> None:
-    """Refuse an address that cannot be meant, and a machine without Ray.
+    """Refuse an address that cannot be meant or that nobody answers at, and a machine without Ray.
 
     Raises
     ------
-    ClusterError: says what an address looks like, or how to install Ray.
+    ClusterError: says what an address looks like, that nobody answers, or how to install Ray.
     """
     if address is not None:
-        _local_count(address)
+        is_local = _local_count(address) is not None
         _ray()
+        if not is_local and address != AUTO:
+            _knock(address)
+
+
+def _knock(address: str) -> None:
+    """Refuse a machine and port that nobody answers at; Ray itself would go on trying for many minutes."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({error})") from error
 
 
 def _local_count(address: str) -> int | None:

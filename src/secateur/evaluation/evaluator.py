@@ -33,6 +33,8 @@ from secateur.suites import suite_hash
 from secateur.units import Mask, masked, masked_each
 from secateur.weights import AnyMask
 
+FINITE = "finite"  # a figure that says, as 0, that a mask's other figures cannot be had
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -53,8 +55,8 @@ class Pool(Protocol):
 
     def measure(
         self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool
-    ) -> Iterator[tuple[Mask, dict[str, np.ndarray] | None]]:
-        """Figures by mask, in any order; None where answers are not finite."""
+    ) -> Iterator[tuple[Mask, dict[str, np.ndarray]]]:
+        """Figures by mask, in any order, as :meth:`Evaluator.figures` has them."""
         ...
 
 
@@ -152,20 +154,24 @@ class Evaluator:
         Parameters
         ----------
         utility: also the likelihood of the neutral text.
+
+        Raises
+        ------
+        NumericalError: the answers are not finite, now or when the mask was measured before.
         """
         key = _key(mask)
         known = self._recall(key)
+        if FINITE in known and not self._wanted(utility) <= known.keys():
+            raise NumericalError(f"The model '{self.model.source}' gives no finite answers under a mask.")
         if utility and self.divergence and "kl" not in known and not self._unpruned:
             self._unpruned = hidden_states(self.model, self._text)
-        with masked(self.model, mask):
-            if "y" not in known:
-                run, everywhere = self._run(mask, "prompts"), not self.logits_where_read
-                y = measure_y(self.model, self.prompts, self.batches, advance, run, everywhere)
-                self._remember(key, {"y": y.numpy().astype(float)})
-            else:
-                advance(len(self.prompts))
-            if utility:
-                self._read(mask, advance)
+        try:
+            with masked(self.model, mask):
+                self._measure(mask, advance, utility)
+        except NumericalError:
+            if key:
+                self._remember(key, {FINITE: np.array(0)})
+            raise
         table = Table(self.prompts.table(known["y"]), self.prompts.groups)
         return Measurement(table, known["nll"] if utility else None)
 
@@ -185,10 +191,34 @@ class Evaluator:
             group = masks[start : start + self.masks_at_once]
             self._measure_together(group, utility)
             for mask in group:
-                try:
-                    yield self.evaluate(mask, told, utility=utility)
-                except NumericalError:
-                    yield None
+                yield self._finite(mask, told, utility)
+
+    def _finite(self, mask: AnyMask, advance: Advance, utility: bool) -> Measurement | None:
+        """Measure a mask and tell of all its work; None where answers are not finite."""
+        left = self.work(utility)
+
+        def tell(done: int) -> None:
+            nonlocal left
+            left -= done
+            advance(done)
+
+        try:
+            return self.evaluate(mask, tell, utility=utility)
+        except NumericalError:
+            advance(left)
+            return None
+
+    def _measure(self, mask: AnyMask | None, advance: Advance, utility: bool) -> None:
+        """Measure what is not known yet, of the model with the mask applied."""
+        key = _key(mask)
+        if "y" not in self._known[key]:
+            run, everywhere = self._run(mask, "prompts"), not self.logits_where_read
+            y = measure_y(self.model, self.prompts, self.batches, advance, run, everywhere)
+            self._remember(key, {"y": y.numpy().astype(float)})
+        else:
+            advance(len(self.prompts))
+        if utility:
+            self._read(mask, advance)
 
     def _measure_together(self, masks: Sequence[AnyMask], utility: bool) -> None:
         """Measure in common passes what is not known of masks; if one has no finite answers, leave them all."""
@@ -211,18 +241,24 @@ class Evaluator:
             self._remember(key, {"y": row, **figures})
 
     def _unknown(self, masks: Sequence[AnyMask], utility: bool) -> dict[bytes, Mask]:
-        """The masks of units, by key, of which some figure is not known."""
-        wanted = {"y"} | ({"nll"} if utility else set()) | ({"kl"} if utility and self.divergence else set())
+        """The masks of units, by key, of which some figure is not known and can be had."""
         new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
-        return {key: mask for key, mask in new.items() if not wanted <= set(self._recall(key))}
+        return {
+            key: mask
+            for key, mask in new.items()
+            if FINITE not in self._recall(key) and not self._wanted(utility) <= self._recall(key).keys()
+        }
+
+    def _wanted(self, utility: bool) -> set[str]:
+        """The names of the figures of one evaluation."""
+        return {"y", *(("nll",) if utility else ()), *(("kl",) if utility and self.divergence else ())}
 
     def _measure_on(self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool) -> None:
         """Have the cluster measure what is not known."""
         new = self._unknown(masks, utility)
         advance(self.work(utility) * (len(masks) - len(new)))
         for mask, figures in cluster.measure(self, list(new.values()), utility):
-            if figures is not None:
-                self._remember(mask.key, figures)
+            self._remember(mask.key, figures)
             advance(self.work(utility))
 
     def figures(self, mask: AnyMask | None) -> dict[str, np.ndarray]:

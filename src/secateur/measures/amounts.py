@@ -8,6 +8,8 @@ What is read
   the others in ``DECIMAL_COMMA``. A mark that cannot part thousands, as in "1,5" or "0,250", is a decimal mark in
   every language.
 - Scales after digits: "70k", "$1.5 million", "65 mil", "2 mil millones"; several multiply.
+- Fractions after a whole number: "3 1/2", "3½", "two and a half million", "dos millones y medio". After a scale a
+  part is one of that scale, and after a unit one of the unit: "two years and a half".
 - Number words in English and Spanish ("twenty-five thousand", "a dozen", "treinta y cinco mil"). A single "one"
   (or "un", "una", "uno") is an article or pronoun more often than an amount, and counts only before a unit's word
   ("one week").
@@ -41,6 +43,8 @@ MINUSES = "-\u2212"
 DASHES = "-\u2013\u2014"
 SIGNS = r"[$€£¥₹]"
 DAYS = {"minute": 1 / 1440, "hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 365.25 / 12, "year": 365.25}
+FRACTIONS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+PARTS = {sign: int(text[0]) / int(text[2]) for sign, text in FRACTIONS.items()}
 CODES = "USD|EUR|GBP|CAD|AUD|CHF|JPY|INR|MXN|COP|ARS|CLP|PEN"
 DECIMAL_COMMA = ("es", "fr", "de", "it", "pt", "nl", "pl", "ru", "tr", "sv", "da", "nb", "fi", "cs")
 
@@ -49,9 +53,10 @@ NUMBER = (  # atomic: "23rd" does not become 2
     rf"|\d{{1,3}}(?:[{APOSTROPHES}]\d{{3}})+(?!\d)(?:[.,]\d+)?"  # 65'000
     r"|\d+(?:[.,]\d+)*|\.\d+)"
 )
+FRACTION = rf"(?:[{''.join(FRACTIONS)}]|(?<![\d/.,])(?:{'|'.join(FRACTIONS.values())})(?![\d/]))"
 # Not inside a word or a longer number, unless a currency's code stands right before.
 START = rf"(?:(?<![\w.,])(?<!\w[{MINUSES}])|(?<=\b(?:{CODES})))"
-MINUS = rf"(?P<minus>(?<!\w)[{MINUSES}](?={SIGNS}?[\d.]))?"
+MINUS = rf"(?P<minus>(?<!\w)[{MINUSES}](?={SIGNS}?[\d.{''.join(FRACTIONS)}]))?"
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Wording:
     Attributes
     ----------
     values: words that add up ("twenty", "five"). scales: words that multiply what stands before ("thousand").
-    short: scales that only follow digits ("k"). halves: words for one half before a scale ("half a").
-    ones: words that are no amount alone.
+    short: scales that only follow digits ("k"). ones: words that are no amount alone.
+    half: a regular expression of one half before a scale ("half a"). parts: those of what is added to a number ("and a
+        half"), by the sign that they stand for.
     linked: a regular expression of the pairs that a conjunction joins, "" for none. conjunction: that one may stand
         after a scale, "" for none.
     between, to: the words of ranges: "between ... and ...", "... to ...".
@@ -73,7 +79,8 @@ class Wording:
     values: Mapping[str, float]
     scales: Mapping[str, float]
     short: Mapping[str, float]
-    halves: tuple[str, ...]
+    half: str
+    parts: Mapping[str, str]
     ones: tuple[str, ...]
     between: tuple[str, str]
     to: str
@@ -101,7 +108,12 @@ ENGLISH = Wording(
     },
     scales={"dozen": 12, "hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12},
     short={"k": 1e3, "m": 1e6, "mm": 1e6, "mn": 1e6, "mil": 1e6, "bn": 1e9, "b": 1e9},
-    halves=("half a",),
+    half=r"(?:one[\s-])?half(?:\s+a)?",
+    parts={
+        "½": r"and[\s-](?:(?:a|one)[\s-]half|half(?!\s+(?:of|the|an?)\b))",
+        "¼": r"and[\s-](?:a|one)[\s-]quarter",
+        "¾": r"and[\s-]three[\s-]quarters",
+    },
     ones=("one",),
     between=("between", "and"),
     to="to",
@@ -138,7 +150,8 @@ SPANISH = Wording(
         **dict.fromkeys(("billón", "billon", "billones"), 1e12),
     },
     short={"k": 1e3, "m": 1e6},
-    halves=("medio", "media"),
+    half="medi[oa]",
+    parts={"½": r"y\s+medi[oa]", "¼": r"y\s+(?:un\s+)?cuarto", "¾": r"y\s+tres\s+cuartos"},
     ones=("un", "una", "uno"),
     between=("entre", "y"),
     to="a",
@@ -173,7 +186,10 @@ def parse_amount(text: str, language: str = "en", unit: str = "") -> float | Non
         if found["minus"] is not None:
             return None
         form = "" if found["low"] else "between_"
-        low, high = (_End(found[f"{form}{end}"], found[f"{form}{end}_unit"]) for end in ("low", "high"))
+        low, high = (
+            _End.of(found[f"{form}{end}"], found[f"{form}{end}_unit"], found[f"{form}{end}_part"])
+            for end in ("low", "high")
+        )
         amount = reader.read(low, high, _days_of(unit))
         if amount is not None:
             return amount if 0 < amount < float("inf") else None
@@ -199,6 +215,11 @@ class _End:
 
     text: str | None
     unit: str | None
+
+    @classmethod
+    def of(cls, text: str | None, unit: str | None, part: str | None) -> _End:
+        """What was written, with the part that follows the unit ("two years and a half") moved to its number."""
+        return cls(text if part is None else f"{text}{part}", unit)
 
     @property
     def has_word(self) -> bool:
@@ -238,6 +259,10 @@ class _Reader:
         """The length of time that an end names, in days."""
         return None if end.unit is None else self.wording.times.get(end.unit.strip(f"{SPACES}-").casefold())
 
+    @property
+    def _sizes(self) -> dict[str, float]:
+        return {**self.wording.short, **self.wording.scales}
+
     def _shared_scale(self, low_text: str, low: float, high_text: str, high: float) -> float:
         """What the end of a range says for its beginning, too; 1 for nothing.
 
@@ -258,32 +283,52 @@ class _Reader:
 
     def _scales(self, text: str) -> list[float]:
         """The scale of every word after a number, or of every number word; 0 for words that are none."""
-        found = re.match(NUMBER, text)
-        known = {**self.wording.scales, **self.wording.short}
-        rest = text[found.end() if found else 0 :].casefold()
-        return [known.get(word, 0.0) for word in re.split(r"[\s-]+", rest) if word]
+        return [self._sizes.get(word, 0.0) for word in self._split(text)[1] if word not in PARTS]
 
     def amount(self, text: str) -> float | None:
         """The value of digits with their scales, or of number words; None for what is no number."""
-        found = re.match(NUMBER, text)
-        if found is None:
-            return self._words(text)
-        bare = number(found[0], self.decimal)
-        return None if bare is None else bare * prod(self._scales(text))
+        digits, words = self._split(text)
+        if not digits:
+            return self._words(words)
+        value = number(digits, self.decimal)
+        return None if value is None else self._scaled(value, words)
 
-    def _words(self, text: str) -> float:
+    def _scaled(self, value: float, words: list[str]) -> float:
+        """The value of digits with what follows: scales, and parts of one or of the scale before."""
+        size = 1.0
+        for word in words:
+            if word in PARTS:
+                value += PARTS[word] * size
+            else:
+                size = self._sizes.get(word, 0.0)
+                value *= size
+        return value
+
+    def _split(self, text: str) -> tuple[str, list[str]]:
+        """The digits that a number begins with, "" for none, and its words; a fraction is the word of its sign."""
+        text = re.sub(rf"^(?:{self.wording.half})[\s-]+", "½ ", text, flags=re.IGNORECASE)
+        for sign, written in self.wording.parts.items():
+            text = re.sub(rf"[\s-]{written}\b", f" {sign} ", text, flags=re.IGNORECASE)
+        for sign, written in FRACTIONS.items():
+            text = re.sub(rf"{sign}|(?<![\d/.,]){written}(?![\d/])", f" {sign} ", text)
+        found = re.match(NUMBER, text)
+        digits = found[0] if found else ""
+        return digits, [word for word in re.split(r"[\s-]+", text[len(digits) :].casefold()) if word]
+
+    def _words(self, words: list[str]) -> float:
         """The value of number words: what adds up is gathered until a scale multiplies it."""
-        words = text.casefold()
         stack: list[float] = []
-        for half in self.wording.halves:
-            if words.startswith(f"{half} "):
-                words, stack = words.removeprefix(half), [0.5]
-        for word in re.split(r"[\s-]+", words.strip()):
-            if word in self.wording.scales:
-                scale, before = self.wording.scales[word], 0.0
-                while stack and stack[-1] < scale:
+        size = 1.0
+        for word in words:
+            if word in PARTS:
+                stack.append(PARTS[word] * size)
+                continue
+            size = self._sizes.get(word, 1.0)
+            if word in self._sizes:
+                before = 0.0
+                while stack and stack[-1] < size:
                     before += stack.pop()
-                stack.append((before or 1.0) * scale)
+                stack.append((before or 1.0) * size)
             else:
                 stack.append(self.wording.values.get(word, 0.0))  # a conjunction adds nothing
         return sum(stack)
@@ -328,26 +373,37 @@ def _pattern(language: str) -> re.Pattern[str]:
     short = _either({**wording.scales, **wording.short})
     tens = _either({word: value for word, value in wording.values.items() if value in range(20, 100, 10)})
     ones = _either({word: value for word, value in wording.values.items() if value < 10})
-    digits = rf"{NUMBER}(?:(?:\s?(?:{short})|-(?:{scales}))\b)*(?!\s?(?:{wording.ordinal})\b)"
-    half = rf"(?:(?:{'|'.join(wording.halves)}) (?=(?:{scales})\b))?"
+    part = rf"[\s-](?:{'|'.join(wording.parts.values())})\b"
+    digits = (
+        rf"(?:{FRACTION}|{NUMBER}(?:[\s-]?{FRACTION})?)(?:{part})?"
+        rf"(?:(?:\s?(?:{short})|-(?:{scales}))\b)*(?:{part})?(?!\s?(?:{wording.ordinal})\b)"
+    )
+    half = rf"(?:(?:{wording.half})[\s-](?=(?:{scales})\b))?"
     linked = wording.linked + "|" if wording.linked else ""
     word = rf"(?:{linked}(?:{tens})-(?:{ones})\b|(?:{scales}|{values})\b)"
     joint = rf"\s+|-(?=(?:{scales})\b)"
-    inside = rf"\b{half}{word}(?:(?:{joint}){word})*"  # within "between ... and ...", where "and" joins nothing else
+    # Within "between ... and ...", where "and" joins nothing else.
+    inside = rf"\b{half}{word}(?:{part}|(?:{joint}){word})*"
     words = inside
     if wording.conjunction:
         after_scale = "|".join(rf"(?<=\b{scale})" for scale in wording.scales)
-        words = rf"\b{half}{word}(?:(?:{joint}|(?:{after_scale})\s+{wording.conjunction}\s+){word})*"
+        words = rf"\b{half}{word}(?:{part}|(?:{joint}|(?:{after_scale})\s+{wording.conjunction}\s+){word})*"
     sign = rf"(?:(?:{CODES})?\s?{SIGNS}?\s?)"
     unit = rf"\s?(?:%|{SIGNS}|(?:{CODES}|{wording.units})\b)|[\s-]?(?:{_either(wording.times)})\b"
+    # "three weeks and a half-day" adds no half of a week.
+    later = rf"{part}(?![\s-]+(?:{_either(wording.times)})\b)"
     first, second = wording.between
+
+    def end(name: str, number: str) -> str:
+        return rf"(?P<{name}>{number})(?:(?P<{name}_unit>{unit})(?P<{name}_part>{later})?)?"
+
     between = (
-        rf"\b{first}\s+{sign}(?P<between_low>{digits}|{inside})(?P<between_low_unit>{unit})?\s+{second}\s+"
-        rf"{sign}(?P<between_high>{digits}|{inside})(?P<between_high_unit>{unit})?"
+        rf"\b{first}\s+{sign}{end('between_low', f'{digits}|{inside}')}\s+{second}\s+"
+        rf"{sign}{end('between_high', f'{digits}|{inside}')}"
     )
     plain = (
-        rf"{MINUS}{SIGNS}?{START}(?P<low>{digits}|{words})(?P<low_unit>{unit})?"
-        rf"(?:\s*(?:[{DASHES}]|\b{wording.to}\b)\s*{sign}(?P<high>{digits}|{words})(?P<high_unit>{unit})?)?"
+        rf"{MINUS}{SIGNS}?{START}{end('low', f'{digits}|{words}')}"
+        rf"(?:\s*(?:[{DASHES}]|\b{wording.to}\b)\s*{sign}{end('high', f'{digits}|{words}')})?"
     )
     return re.compile(rf"{between}|{plain}", re.IGNORECASE)
 

@@ -318,6 +318,20 @@ def scenario_intervals(table: Table, seed: int = 0) -> dict[Statistic, tuple[np.
     return {"smd": _percentiles(smds[:, pair, scenario]), "gap": _percentiles(gaps[:, pair, scenario])}
 
 
+def smd_changes(before: Table, after: Table, seed: int = 0) -> list[Interval]:
+    """SMD after minus before of every scenario, both under the same resamples of markers.
+
+    The pair of groups is the one that was largest before, so that a change is not one of the pair. The same markers
+    have a y in both tables.
+    """
+    weights = _resamples(before, np.random.default_rng(seed), REPLICATES)
+    weights = np.concatenate([_membership(before.groups, before.n_groups)[None], weights])
+    pair = np.array([before.pairs.index(names) for names in largest_pairs(before)])
+    first, second = (_pairwise(table, _moments(table, weights))[1] for table in (before, after))
+    change = (second - first)[:, pair, np.arange(len(pair))]  # (1 + replicates, scenarios)
+    return [Interval.of(values[0], values[1:]) for values in change.T]
+
+
 def permutation_p_values(table: Table, seed: int = 0) -> np.ndarray:
     """Two-sided permutation p-value of every scenario's SMD, (scenarios,)."""
     observed = np.abs(statistics(table)["smd"])

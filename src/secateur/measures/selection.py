@@ -29,7 +29,7 @@ FOUR_FIFTHS = 0.8
 # Groups below this share of all data may be left out of a Local Law 144 audit, with a reason (6 RCNY 5-301).
 SMALL_SHARE = 0.02
 Z = 1.96
-ROUNDING = 1e-12  # sums in another order must not put a ratio of four fifths below itself
+ROUNDING = 1e-12  # neither the order of sums nor a division must put a ratio of four fifths below itself
 _SIGNS = {"a": 1.0, "b": -1.0, None: 0.0}  # of y towards the favourable answer
 
 
@@ -52,7 +52,7 @@ class GroupSelection:
     @property
     def falls_short(self) -> bool:
         """Whether the impact ratio is below four fifths."""
-        return self.impact_ratio is not None and self.impact_ratio < FOUR_FIFTHS
+        return self.impact_ratio is not None and bool(below_four_fifths(self.impact_ratio, 1.0))
 
     @property
     def is_small(self) -> bool:
@@ -153,7 +153,12 @@ def _selection(prompts: PromptSet, scenario: Scenario | None, selected: np.ndarr
 def _short_by_chance(selected: np.ndarray, shuffled: np.ndarray) -> float:
     """Share of the shuffles in which the lowest rate is below four fifths of the highest."""
     rates = shuffled @ selected / shuffled.sum(axis=2)  # (permutations, groups)
-    return float((rates.min(axis=1) < FOUR_FIFTHS * rates.max(axis=1) - ROUNDING).mean())
+    return float(below_four_fifths(rates.min(axis=1), rates.max(axis=1)).mean())
+
+
+def below_four_fifths(rate: np.ndarray | float, highest: np.ndarray | float) -> np.ndarray:
+    """Whether a rate is below four fifths of the highest; 8 of 12 against 10 of 12 is not."""
+    return np.asarray(rate < FOUR_FIFTHS * highest - ROUNDING)
 
 
 def wilson(rate: float, n: int) -> Interval:

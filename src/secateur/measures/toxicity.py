@@ -24,6 +24,10 @@ from secateur.errors import SettingError
 
 AUTO, NONE, OFFLINE = "auto", "none", "profanity"
 EXTRA = "pip install 'secateur[toxicity]'"
+SWEARING_ALONE = (
+    "This classifier sees swearing, not stereotypes, and knows English alone; an empty list says no more than that the "
+    "model did not begin to swear."
+)
 BATCH = 32
 UNUSABLE = (
     OSError,
@@ -52,11 +56,21 @@ class Classifier:
     ----------
     name: as it was asked for. labels: the labels that count as bad.
     score: from texts to scores, (texts,).
+    blind_to: what it does not see, in a sentence; "" where that is not known.
+    language: the only one that it knows; None where that is not known.
     """
 
     name: str
     labels: tuple[str, ...]
     score: Callable[[Sequence[str]], np.ndarray]
+    blind_to: str = ""
+    language: str | None = None
+
+    def limits(self, language: str) -> str:
+        """What its scores of texts in a language cannot say, in sentences; "" for nothing that is known."""
+        if self.language is None or language[:2].casefold() == self.language:
+            return self.blind_to
+        return f"{self.blind_to} The texts are in another language ({language}): its scores say next to nothing."
 
 
 def load_classifier(name: str, labels: Sequence[str] = ()) -> Classifier | None:
@@ -96,7 +110,7 @@ def _offline() -> Classifier:
     def score(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(predict_prob(list(texts)), dtype=float) if texts else np.empty(0)
 
-    return Classifier(OFFLINE, ("profanity",), score)
+    return Classifier(OFFLINE, ("profanity",), score, SWEARING_ALONE, "en")
 
 
 @cache

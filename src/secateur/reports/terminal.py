@@ -175,19 +175,19 @@ def verification_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['model']}, suite {result['suite']}: what it writes before and after, held out"]
     amounts, guard = result["amounts"], result["guard"]
     if amounts is not None:
-        lines += [
-            f"Sampled answers   {amounts['answers']:,} ({amounts['runs']} a prompt, temperature "
-            f"{amounts['temperature']:g}); {amounts['unchanged']:.0%} unchanged; {amounts['parsed_before']:.0%} -> "
-            f"{amounts['parsed_after']:.0%} hold an amount",
-            f"Anomaly rate      {1 - amounts['inliers_before']['value']:.1%} -> "
-            f"{1 - amounts['inliers_after']['value']:.1%}, {_percent(amounts['anomaly_change'], 1)} points",
-        ]
         if amounts["bias"] is not None:
             bias = amounts["bias"]
             lines.append(
                 f"Bias B of answers {_interval(bias['before'])} -> {_interval(bias['after'])}, "
                 f"change {_interval(bias['change'], '+')}"
             )
+        lines += [
+            f"Sampled answers   {amounts['answers']:,} ({amounts['runs']} a prompt, temperature "
+            f"{amounts['temperature']:g}); {amounts['unchanged']:.0%} unchanged; {amounts['parsed_before']:.0%} -> "
+            f"{amounts['parsed_after']:.0%} hold an amount",
+            f"Anomaly rate      {1 - amounts['inliers_before']['value']:.1%} -> "
+            f"{1 - amounts['inliers_after']['value']:.1%}, {_points(amounts['anomaly_change'])} points",
+        ]
     for name, title in (("open", "Open prompts     "), ("mentions", "Mentions         ")):
         if result[name]:
             same = sum(one["unchanged"] for one in result[name])
@@ -198,6 +198,8 @@ def verification_lines(result: dict[str, Any]) -> list[str]:
             f"Classifier        {guard['classifier']}: {rose} continuations worse by {guard['threshold']:g} or more, "
             f"{fell} better"
         )
+        if guard.get("limits"):  # not in results of older versions
+            lines.append(guard["limits"])
     return [*lines, *result["notes"]]
 
 
@@ -221,6 +223,11 @@ def _interval(figure: dict[str, float], sign: str = "") -> str:
 
 def _percent(figure: dict[str, float], digits: int = 0) -> str:
     return f"{figure['value']:+.{digits}%} [{figure['low']:+.{digits}%}, {figure['high']:+.{digits}%}]"
+
+
+def _points(figure: dict[str, float]) -> str:
+    """A difference of shares, in percentage points."""
+    return f"{100 * figure['value']:+.1f} [{100 * figure['low']:+.1f}, {100 * figure['high']:+.1f}]"
 
 
 def compare_table(result: CompareResult) -> Table:

@@ -5,15 +5,17 @@ Gates m_u multiply the units and start at 1. Each step takes one scenario and a 
     mean over pairs of groups (gap / spread)^2  +  lambda KL(unpruned || gated)  +  mu sum_u (1 - m_u)  +
     rho sum_u m_u (1 - m_u)
 
-by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of D, the spread that of the
-unpruned model, since pruning also shrinks spreads. The term in rho, off at first, drives gates to 0 or 1. Relaxed
-gates for pruning go back to Louizos et al. (2018); without their noise, the end is as good and simpler.
+by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of D under the gates, so that answers
+which shrink as a whole win nothing. Each step asks other markers than the one before, or the gates would be fitted to
+a few names. The term in rho, off at first, drives gates to 0 or 1. Relaxed gates for pruning go back to Louizos et
+al. (2018); without their noise, the end is as good and simpler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -25,7 +27,6 @@ from torch.nn.functional import kl_div
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.answers import Batch, batch_y, pack
 from secateur.measures.disparity import Table
-from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
 from secateur.progress import Advance
 from secateur.scoring.attribution import pairs_of_groups
@@ -34,6 +35,11 @@ from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
 TEXT_TOKENS = 128
+# Of the unpruned model's spread: what is left of it under gates is not believed below this share.
+SPREAD_FLOOR = 0.1
+# The last steps are smaller and smaller, so that gates come to rest where many draws agree.
+REST_SHARE = 0.4
+LAST_RATE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +69,11 @@ class GateTraining(Settings):
     Attributes
     ----------
     gate_steps: of the first training, from gates of 1.
-    learning_rate: of Adam; about the most that a gate moves in one step.
+    learning_rate: of Adam; about the most that a gate moves in one step, but in the last steps, where it falls to a
+        tenth.
     damage: lambda, the weight of KL in nats per token.
     price: mu, the price of every closed gate.
-    prompts: of one scenario in one step, equally many of each group, as far as there are.
+    prompts: of one scenario in one step, equally many of each group; other ones in the next step, in turn.
     windows: of the neutral text in one step, 128 tokens of each.
     seed: of the draws; that of the study unless it is set.
 
@@ -127,7 +134,7 @@ class GateTraining(Settings):
 
         Parameters
         ----------
-        table: answers of the model that spreads are taken from.
+        table: answers of the unpruned model, whose spread is the floor of what is believed.
         start: (units,), the gates to begin with.
         free: bool (units,), the gates that may move; None for all.
         damage: lambda, if it is not to be that of the settings.
@@ -144,13 +151,14 @@ class GateTraining(Settings):
         for leaf, place in zip(leaves, slices, strict=True):
             leaf.data.copy_(held[place])
         optimiser = torch.optim.Adam(leaves, lr=self.learning_rate)
-        scenarios = _shuffled(rng, len(lesson.batches))
+        turns = _shuffled(rng, len(lesson.parts))
         for step in range(steps):
             optimiser.zero_grad()
+            optimiser.param_groups[0]["lr"] = self.learning_rate * _rate(step, steps)
             windows = rng.permutation(len(text.tokens))[: self.windows]
             weight = self.damage if damage is None else damage
             with torch.enable_grad(), gated(model, gates), model.arithmetic():
-                lesson.loss(model, next(scenarios)).backward()  # type: ignore[no-untyped-call]
+                lesson.loss(model, next(turns)).backward()  # type: ignore[no-untyped-call]
                 (weight * text.divergence(model, windows)).backward()  # type: ignore[no-untyped-call]
             rho = polarity * step / max(1, steps - 1)
             for leaf, place in zip(leaves, slices, strict=True):
@@ -167,44 +175,56 @@ class GateTraining(Settings):
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """The prompts of a training, packed scenario by scenario, and how its loss is made of their answers.
+class LessonPart:
+    """What one step asks: one scenario of some markers of each group.
 
     Attributes
     ----------
-    batches: per scenario, its prompts in one or more forward passes.
-    weights: per scenario, (pairs, prompts): one group's mean minus the other's, over the spread of the scenario.
+    batches: the prompts in one or more forward passes. groups: (prompts,), the group of each.
+    floor: the least variance within groups that is believed.
     """
 
+    batches: list[Batch]
+    groups: Tensor
+    floor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """The prompts of a training, packed part by part."""
+
     fit: Evaluator
-    batches: list[list[Batch]]
-    weights: list[Tensor]
+    parts: list[LessonPart]
 
     @classmethod
     def prepare(cls, fit: Evaluator, table: Table, prompts: int, seed: int) -> Lesson:
-        groups = len(np.unique(fit.prompts.groups))
-        draw = PromptDraw.stratified(fit.prompts, max(2, prompts // groups), None, seed)
-        drawn = draw.of(fit.prompts)
-        group_of = dict(zip(drawn.markers, drawn.groups, strict=True))
+        """Deal the markers of every group into parts of about equal size, and all of them to every scenario."""
+        rng, known = np.random.default_rng(seed), fit.prompts
+        groups = np.unique(known.groups)
+        members = [np.array(known.markers)[known.groups == group] for group in groups]
+        deals = max(1, round(min(map(len, members)) * len(groups) / max(prompts, 2 * len(groups))))
         *_, spread = next(pairs_of_groups(table))  # (scenarios,), one for all pairs
-        batches, weights = [], []
-        for row, scenario in enumerate(fit.prompts.scenarios):
-            asked = drawn.of_scenarios([scenario])
-            batches.append(pack(fit.model, asked, fit.batch_size))
-            owner = np.array([group_of[prompt.marker] for prompt in asked.prompts])
-            rows = [
-                ((owner == a) / max(1, (owner == a).sum()) - (owner == b) / max(1, (owner == b).sum())) / spread[row]
-                for a, b in table.pairs
-            ]
-            weights.append(torch.from_numpy(np.array(rows, dtype=np.float32)))
-        return cls(fit, batches, weights)
+        group_of = dict(zip(known.markers, known.groups.tolist(), strict=True))
+        parts = []
+        for row, scenario in enumerate(known.scenarios):
+            dealt = [np.array_split(rng.permutation(some), deals) for some in members]
+            for hands in zip(*dealt, strict=True):
+                drawn = set(np.concatenate(hands).tolist())
+                asked = known.where(np.array([p.scenario == scenario and p.marker in drawn for p in known.prompts]))
+                owner = torch.tensor([group_of[prompt.marker] for prompt in asked.prompts])
+                floor = float(SPREAD_FLOOR * spread[row]) ** 2
+                parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, floor))
+        return cls(fit, parts)
 
-    def loss(self, model: LanguageModel, scenario: int) -> Tensor:
-        """Mean over pairs of (gap / spread)^2 in one scenario."""
-        batches = self.batches[scenario]
-        y = torch.cat([batch_y(model, self.fit.prompts.suite, batch) for batch in batches])  # (prompts,)
-        model.usage.backward += sum(batch.tokens for batch in batches)
-        return (self.weights[scenario].to(y) @ y).square().mean()
+    def loss(self, model: LanguageModel, number: int) -> Tensor:
+        """Mean over pairs of (gap / spread)^2 in one part."""
+        part = self.parts[number]
+        y = torch.cat([batch_y(model, self.fit.prompts.suite, batch) for batch in part.batches])  # (prompts,)
+        model.usage.backward += sum(batch.tokens for batch in part.batches)
+        by_group = [y[part.groups.to(y.device) == group] for group in part.groups.unique()]
+        variance = torch.stack([some.var() for some in by_group]).mean().clamp_min(part.floor)
+        gaps = torch.stack([one.mean() - other.mean() for one, other in combinations(by_group, 2)])
+        return (gaps.square() / variance).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +262,12 @@ class _Text:
 def _slices(space: UnitSpace) -> list[slice]:
     layers = range(space.n_layers)
     return [*map(space.head_slice, layers), *map(space.neuron_slice, layers)]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: all of it at first, then evenly down to a tenth."""
+    left = (steps - step) / max(1.0, REST_SHARE * steps)
+    return max(LAST_RATE, min(1.0, left))
 
 
 def _shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:

@@ -24,7 +24,7 @@ from secateur.evaluation.evaluator import Measurement
 from secateur.evaluation.racing import Race
 from secateur.evaluation.walk import walking_order
 from secateur.models import LanguageModel
-from secateur.progress import Advance
+from secateur.progress import Advance, whole
 from secateur.scoring.attribution import Attribution, Effects
 from secateur.scoring.base import Settings
 from secateur.scoring.linear_outcome import Linear, learn
@@ -309,12 +309,12 @@ class Survey:
         drawn, all_masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
         order = walking_order(all_masks)
         masks = [all_masks[number] for number in order]
-        measured = self.draw.part.evaluate_each(masks, utility=True)
+        part = self.draw.part
+        measured = part.evaluate_each(masks, whole(advance, part.work(utility=True)), utility=True)
         for state, mask, found in zip([drawn[number] for number in order], masks, measured, strict=True):
             if found is not None:
-                increase = float(np.log(self.draw.part.perplexity(mask))) - self.unpruned
+                increase = float(np.log(part.perplexity(mask))) - self.unpruned
                 self.found.append(Measured(state, self.draw.read(found.table), increase, len(mask.removed)))
-            advance(1)
             if self.found:
                 best = min(self.found, key=self.order)
                 self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(best.increase):+.1%}")

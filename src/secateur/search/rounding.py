@@ -24,6 +24,7 @@ class Rounding(Settings):
     ----------
     start, factor: the smallest count of closed gates, and the ratio of one count to the one before; a range ends
         where the utility limit is broken.
+    bisections: counts that are tried between the largest within the limit and the smallest beyond.
     rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
         best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
         utility limit, damage weighs twice as much in the next round, and half as much where it does not.
@@ -38,6 +39,7 @@ class Rounding(Settings):
 
     start: Annotated[int, Field(ge=1)] = 8
     factor: Annotated[float, Field(gt=1)] = 4.0
+    bisections: Annotated[int, Field(ge=0)] = 2
     rounds: Annotated[int, Field(ge=0)] = 3
     steps: Annotated[int, Field(ge=1)] = 40
     pool: Annotated[int, Field(ge=1)] = 4
@@ -45,7 +47,7 @@ class Rounding(Settings):
     soft: bool = False
 
     def cheaper(self) -> dict[str, Any]:
-        return {"rounds": 1, "steps": 20}
+        return {"rounds": 1, "steps": 20, "bisections": 1}
 
     def check(self, model: LanguageModel, scorer: GateTraining, ablation: str) -> None:
         """Refuse to turn units down towards their means.
@@ -62,15 +64,22 @@ class Rounding(Settings):
         scores: GateScores = problem.score(scorer)
         order = np.argsort(scores.gates, kind="stable")
         order = order[scores.gates[order] < 1]
-        best, count = 0, self.start
-        least = np.inf
+        best, least = 0, np.inf
+        inside, beyond, count, left = 0, 0, self.start, self.bisections
         while count <= len(order):
             outcome = yield self._selection(problem, scores.gates, order[:count], {"count": count})
-            if not outcome.within_limit:
+            if outcome.within_limit:
+                inside = count
+                if outcome.bias_square < least:
+                    best, least = count, outcome.bias_square
+            else:
+                beyond = count
+            if not beyond:
+                count = max(count + 1, round(count * self.factor))
+                continue
+            count, left = round((max(inside, 1) * beyond) ** 0.5), left - 1
+            if left < 0 or not inside < count < beyond:
                 break
-            if outcome.bias_square < least:
-                best, least = count, outcome.bias_square
-            count = max(count + 1, round(count * self.factor))
         if len(order):
             yield from self._refined(problem, scorer, scores.gates, order, best or min(self.start, len(order)))
 

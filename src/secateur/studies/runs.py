@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import DataError
+from secateur.errors import DataError, StoreError
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
 
+LISTING_WAIT = 1.0  # seconds for a store that another process has locked
 RESULTS = {
     "result.json": "repair",
     "compare.json": "compare",
@@ -89,26 +90,33 @@ def resume_command(directory: Path) -> list[str]:
 
 def _interrupted(directory: Path) -> Run | None:
     state = _read(directory / STATE)
-    if state is None or "key" not in state:
+    if state is None or not isinstance(state.get("key"), dict):
         return None
     key = state["key"]
-    measured = 0
-    if (directory / MEASURED).is_file():
-        with Store(directory / MEASURED, str(key["model"])) as store:
-            measured = len(store)
     done = [str(found["name"]) for found in state.get("methods", [])]
     done += [f"{fit['method']} on {fit['source']}" for fit in state.get("fits", [])]
-    summary = f"interrupted, {measured} measurements" + (f"; finished: {', '.join(done)}" if done else "")
+    summary = _measured(directory / MEASURED, key) + (f"; finished: {', '.join(done)}" if done else "")
     path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
     return Run(
         path,
-        str(key["study"]),
+        str(key.get("study", "")),
         str(state.get("suite", "")),
         str(state.get("source", "")),
         False,
         summary,
         tuple(map(str, state.get("command", ()))),
     )
+
+
+def _measured(file: Path, key: dict[str, Any]) -> str:
+    """How much an interrupted run has measured; one store that cannot be read must not hide the other runs."""
+    if not file.is_file():
+        return "interrupted, 0 measurements"
+    try:
+        with Store(file, str(key.get("model", "")), LISTING_WAIT) as store:
+            return f"interrupted, {len(store)} measurements"
+    except StoreError as error:
+        return f"interrupted. {error}"
 
 
 def _read(file: Path) -> dict[str, Any] | None:

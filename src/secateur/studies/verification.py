@@ -16,7 +16,15 @@ import numpy as np
 
 from secateur.errors import SettingError
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
-from secateur.measures.disparity import Comparison, Interval, Table, compare, group_intervals, mean_interval
+from secateur.measures.disparity import (
+    Comparison,
+    Interval,
+    Table,
+    compare,
+    group_intervals,
+    mean_interval,
+    smd_changes,
+)
 from secateur.measures.generation import Request, write
 from secateur.measures.open_prompts import OpenPrompt, group_prompts, open_prompts
 from secateur.measures.prompts import ChatMode, PromptSet, all_markers, build_prompts, check_chat
@@ -113,6 +121,7 @@ class ScenarioAmounts:
     ----------
     unit: of the amounts, as the suite says. before, after: disparity of the mean log amounts.
     amounts_before, amounts_after: by group, the geometric mean with its 95 % bootstrap interval over markers.
+    smd_change: SMD after minus before, of the pair of groups that differed most before, with a paired interval.
     inliers_before, inliers_after: share of answers within the 5-95 % range of other answers of the unpruned model to
         the same prompt.
     """
@@ -121,6 +130,7 @@ class ScenarioAmounts:
     unit: str
     before: ScenarioDisparity
     after: ScenarioDisparity
+    smd_change: Interval
     amounts_before: dict[str, Interval]
     amounts_after: dict[str, Interval]
     inliers_before: Interval
@@ -219,6 +229,7 @@ class Guard:
     threshold: a continuation counts where its score moves by at least this.
     rose: every continuation whose score rose by it, the largest rise first.
     groups: by group; prompts that mention nobody are under "".
+    limits: what the classifier is known not to see, in sentences.
     """
 
     classifier: str
@@ -226,6 +237,7 @@ class Guard:
     threshold: float
     rose: list[Judged]
     groups: dict[str, GroupScores]
+    limits: str = ""
 
 
 @dataclass(frozen=True)
@@ -304,7 +316,7 @@ def verify(
     guard = None
     if classifier is not None:
         with recorder.step("Classify continuations", len(opened) + len(mentioned)) as advance:
-            guard = judge_texts([*opened, *mentioned], classifier, settings.worse)
+            guard = judge_texts([*opened, *mentioned], classifier, settings.worse, suite.language)
             advance(len(opened) + len(mentioned))
     return Verification(
         model=model.source,
@@ -433,6 +445,7 @@ def _scenarios(
     """Every scenario's figures from tables before and after, each (scenarios, markers)."""
     suite = prompts.suite.model_copy(update={"scenarios": [prompts.suite.scenarios[number] for number in numbers]})
     before, after = (describe_scenarios(suite, table, seed) for table in tables)
+    changes = smd_changes(tables[0], tables[1], seed)
     intervals = [group_intervals(table, seed) for table in tables]
 
     def amounts(state: int, row: int, found: ScenarioDisparity) -> dict[str, Interval]:
@@ -448,6 +461,7 @@ def _scenarios(
             unit=getattr(scenario.measure, "unit", ""),
             before=before[row],
             after=after[row],
+            smd_change=changes[row],
             amounts_before=amounts(0, row, before[row]),
             amounts_after=amounts(1, row, after[row]),
             inliers_before=mean_interval(inliers[0][row], prompts.groups, seed),
@@ -527,10 +541,16 @@ def _continuations(
     ]
 
 
-def judge_texts(continuations: Sequence[Continuation], classifier: Classifier, threshold: float) -> Guard:
+def judge_texts(
+    continuations: Sequence[Continuation], classifier: Classifier, threshold: float, language: str = "en"
+) -> Guard:
     """Score every continuation before and after, and its prompt alone.
 
     A continuation is read from the beginning of its answer, which says whom it is about.
+
+    Parameters
+    ----------
+    language: of the texts.
     """
     texts: list[Callable[[Continuation], str]] = [
         lambda c: c.prompt,
@@ -551,6 +571,7 @@ def judge_texts(continuations: Sequence[Continuation], classifier: Classifier, t
         threshold=threshold,
         rose=sorted((found for found in judged if found.rise >= threshold), key=lambda found: -found.rise),
         groups={name: _group_scores(found, threshold) for name, found in groups.items()},
+        limits=classifier.limits(language),
     )
 
 
