@@ -1,61 +1,72 @@
-"""The precision of fp32 products: the model's inside it, the highest in its head, the process's own elsewhere."""
+"""The precision of matrix products is chosen by what is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from test_scoring import fit_of
-from tiny import prompts, tiny_model
+from command import save_model
+from tiny import tiny_model
 
-from secateur.scoring.attribution import Attribution
-from secateur.units import Mask
-
-
-@pytest.fixture
-def reset() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
+import secateur
+from secateur.models import precision
+from secateur.models.language_model import LanguageModel
+from secateur.models.precision import choose_precision
 
 
-def test_blocks_take_the_models_precision_and_the_head_the_highest() -> None:
-    model, seen = tiny_model(), []
-    model.matmul_precision = "medium"
-    model.mlp_outputs[0].register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
-    before = torch.get_float32_matmul_precision()
-    hidden = model.hidden(prompts(model), None, None)
-    assert seen == ["medium"]
-    assert torch.get_float32_matmul_precision() == before
-    head = model.model.get_output_embeddings().weight
-    with model.arithmetic():
-        logits = model.logits(hidden[0])
-        assert torch.get_float32_matmul_precision() == "medium"
-    torch.testing.assert_close(logits, hidden[0] @ head.T, rtol=0, atol=1e-5)
+def clock_of(monkeypatch: pytest.MonkeyPatch, plain: float, lower: float, shift: float = 0.0) -> Callable[[], float]:
+    """A clock by which passes take so many seconds; those in the lower precision are off by a shift."""
+    now = 0.0
+    hidden, log_probabilities = LanguageModel.hidden, LanguageModel.log_probabilities
+
+    def slow(self: LanguageModel, *arguments: torch.Tensor | None) -> torch.Tensor:
+        nonlocal now
+        now += lower if self.matmul_precision == "medium" else plain
+        return hidden(self, *arguments)  # type: ignore[arg-type]
+
+    def shifted(self: LanguageModel, states: torch.Tensor) -> torch.Tensor:
+        found = log_probabilities(self, states)
+        if self.matmul_precision == "medium":
+            found[:, ::2] += shift
+        return found
+
+    monkeypatch.setattr(LanguageModel, "hidden", slow)
+    monkeypatch.setattr(LanguageModel, "log_probabilities", shifted)
+    return lambda: now
 
 
-@pytest.mark.usefixtures("reset")
-def test_the_process_keeps_its_own_precision_after_an_error() -> None:
+@pytest.mark.parametrize(
+    ("lower", "shift", "chosen"),
+    [(0.5, 0.0, "medium"), (0.9, 0.0, "highest"), (2.0, 0.0, "highest"), (0.5, 0.5, "highest"), (0.5, 0.02, "medium")],
+)
+def test_bf16_is_taken_where_it_is_much_faster_and_close(
+    monkeypatch: pytest.MonkeyPatch, lower: float, shift: float, chosen: str
+) -> None:
+    trial = choose_precision(tiny_model(), clock_of(monkeypatch, 1.0, lower, shift))
+    assert trial.chosen == chosen
+    assert trial.speed == pytest.approx(1 / lower)
+    assert trial.error == pytest.approx(shift, abs=1e-2)
+    assert f"{1 / lower:.2f} times as fast" in str(trial)
+
+
+def test_what_is_no_fp32_model_is_not_tried() -> None:
     model = tiny_model()
-    torch.set_float32_matmul_precision("high")
-    with model.arithmetic():
-        assert torch.get_float32_matmul_precision() == "highest"
-    with pytest.raises(RuntimeError), model.arithmetic():
-        raise RuntimeError
-    assert torch.get_float32_matmul_precision() == "high"
+    model.model.to(torch.bfloat16)
+    assert choose_precision(model).chosen == "highest"
+    assert model.usage.forward == 0
 
 
-def test_backward_passes_take_the_models_precision() -> None:
-    fit, seen = fit_of(), []
-    fit.model.matmul_precision = "medium"
-    handle = fit.model.mlp_outputs[0].register_full_backward_pre_hook(
-        lambda *_: seen.append(torch.get_float32_matmul_precision())
-    )
-    try:
-        Attribution().score(fit, Mask.none(fit.model))
-    finally:
-        handle.remove()
-        fit.model.matmul_precision = "highest"
-    assert seen
-    assert set(seen) == {"medium"}
+def test_the_choice_is_noted_and_loads_again_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_model(tmp_path / "model")
+    assert secateur.load(source, device="cpu").precision_trial is None
+    monkeypatch.setattr(precision, "FASTER", 0.0)
+    monkeypatch.setattr(precision, "CLOSE", 100.0)
+    model = secateur.load(source, device="cpu", matmul_precision="auto")
+    assert model.matmul_precision == "medium"
+    assert model.precision_trial is not None
+    assert model.loaded_with is not None
+    assert model.loaded_with["matmul_precision"] == "medium"
+    assert "--matmul-precision medium repeats this choice" in str(model.precision_trial)
+    assert model.usage.forward == 0  # a trial is no part of any study's cost

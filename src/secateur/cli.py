@@ -38,7 +38,10 @@ PlansModel = Annotated[
 SuiteName = Annotated[str, typer.Option("--suite", "-s", help="A built-in suite's name, or the path of a YAML file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Precision = Annotated[
-    str, typer.Option(help="Of products of fp32 matrices: highest, or high or medium (faster with TF32 or AMX).")
+    str,
+    typer.Option(
+        help="Of products of fp32 matrices: highest, high or medium (faster with TF32 or AMX), or auto: as measured."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps [default: cuda where there is one].")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread a large model over devices: auto, balanced, ...")]
@@ -693,7 +696,7 @@ def _load(
     import secateur
 
     with console.status("Loading the model (the default one is converted on first use, about 30 s) ..."):
-        return secateur.load(
+        loaded = secateur.load(
             model,
             dtype=dtype,
             device=device,
@@ -701,6 +704,9 @@ def _load(
             trust_remote_code=trust,
             matmul_precision=precision,  # type: ignore[arg-type]
         )
+    if loaded.precision_trial is not None:
+        console.print(str(loaded.precision_trial), highlight=False)
+    return loaded
 
 
 def _listed(names: str) -> tuple[str, ...]:

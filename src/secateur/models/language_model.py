@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from secateur.errors import ModelError, NumericalError
 from secateur.models.compact import COMPACT
 from secateur.models.families import Family, family_of, kv_heads, query_heads
 from secateur.models.linear import fast_linear
+
+if TYPE_CHECKING:
+    from secateur.models.precision import PrecisionTrial
 
 VOCABULARY_CHUNK = 16_384
 MatmulPrecision = Literal["highest", "high", "medium"]
@@ -49,6 +52,7 @@ class LanguageModel:
     matmul_precision: of products of fp32 matrices inside the model, see :func:`torch.set_float32_matmul_precision`.
         The output head keeps the highest.
     loaded_with: what to call :func:`secateur.load` with to get it again; None for a model made otherwise.
+    precision_trial: what ``matmul_precision`` was chosen by, where it was measured.
     usage: tokens forwarded and backwarded so far.
     """
 
@@ -57,6 +61,7 @@ class LanguageModel:
     source: str
     matmul_precision: MatmulPrecision = "highest"
     loaded_with: dict[str, Any] | None = None
+    precision_trial: PrecisionTrial | None = None
     usage: TokenUsage = field(default_factory=TokenUsage)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import shutil
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import platformdirs
 import torch
@@ -22,6 +22,7 @@ from secateur.errors import ModelError, SettingError
 from secateur.models.compact import COMPACT, compact_class
 from secateur.models.families import family_of
 from secateur.models.language_model import LanguageModel, MatmulPrecision
+from secateur.models.precision import choose_precision
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -46,7 +47,7 @@ def load(
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-    matmul_precision: MatmulPrecision = "highest",
+    matmul_precision: MatmulPrecision | Literal["auto"] = "highest",
 ) -> LanguageModel:
     """Load a causal language model for auditing and repair.
 
@@ -60,7 +61,8 @@ def load(
     device_map: passed to transformers to spread a large model ("auto", or a map); excludes device.
     trust_remote_code: run code that comes with the checkpoint. Off unless you say so.
     matmul_precision: "highest", or "high" or "medium" to multiply fp32 matrices in TF32 or bf16 where the
-        hardware has that (NVIDIA GPUs; CPUs with AMX). The output head keeps the highest precision.
+        hardware has that (NVIDIA GPUs; CPUs with AMX); "auto" measures whether bf16 is faster here and close enough,
+        and notes what it chose in ``precision_trial``. The output head keeps the highest precision.
 
     Raises
     ------
@@ -70,8 +72,8 @@ def load(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     chosen_dtype = _dtype(dtype)
-    if matmul_precision not in get_args(MatmulPrecision):
-        known = ", ".join(get_args(MatmulPrecision))
+    if matmul_precision not in (*get_args(MatmulPrecision), "auto"):
+        known = ", ".join((*get_args(MatmulPrecision), "auto"))
         raise SettingError(f"Unknown matmul precision '{matmul_precision}'; choose one of: {known}.")
     chosen_device = _device(device) if device_map is None else None
     if device is not None and device_map is not None:
@@ -101,7 +103,11 @@ def load(
         "trust_remote_code": trust_remote_code,
         "matmul_precision": matmul_precision,
     }
-    return LanguageModel(model, tokenizer, name, matmul_precision, loaded_with)
+    if matmul_precision != "auto":
+        return LanguageModel(model, tokenizer, name, matmul_precision, loaded_with)
+    trial = choose_precision(LanguageModel(model, tokenizer, name))
+    loaded_with["matmul_precision"] = trial.chosen  # what loads it again does not measure again
+    return LanguageModel(model, tokenizer, name, trial.chosen, loaded_with, trial)
 
 
 def cache_directory() -> Path:
