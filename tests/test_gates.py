@@ -13,6 +13,7 @@ from tiny import HEADS, LAYERS, NAMES
 from secateur.attenuation import Attenuation
 from secateur.errors import SettingError
 from secateur.evaluation import Evaluator
+from secateur.measures.answers import batch_y
 from secateur.measures.disparity import Table
 from secateur.scoring.attribution import pairs_of_groups
 from secateur.scoring.gates import GateScores, GateTraining, Lesson
@@ -31,12 +32,33 @@ def table_of(fit: Evaluator) -> Table:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_the_mean_square_of_gaps_over_spreads(name: str) -> None:
     fit = fit_of(name)
-    lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)  # all markers
+    lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)  # all markers in one part
+    assert len(lesson.parts) == len(fit.prompts.scenarios)
     smds = np.array([gap / spread for _, _, gap, spread in pairs_of_groups(table_of(fit))])  # (pairs, scenarios)
     for scenario in range(len(fit.prompts.scenarios)):
         with torch.no_grad():
             found = float(lesson.loss(fit.model, scenario))
         assert found == pytest.approx(float((smds[:, scenario] ** 2).mean()), rel=1e-3)
+
+
+def test_a_training_asks_all_markers_of_all_scenarios_in_turn() -> None:
+    fit = fit_of()
+    lesson = Lesson.prepare(fit, table_of(fit), prompts=4, seed=0)
+    asked = [(one.scenario, one.marker) for part in lesson.parts for batch in part.batches for one in batch.prompts]
+    assert len(lesson.parts) > len(fit.prompts.scenarios)
+    assert sorted(set(asked)) == sorted({(one.scenario, one.marker) for one in fit.prompts.prompts})
+    assert all(len(part.groups.unique()) == len(np.unique(fit.prompts.groups)) for part in lesson.parts)
+
+
+def test_answers_that_shrink_as_a_whole_win_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = fit_of()
+    lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)
+    with torch.no_grad():
+        before = float(lesson.loss(fit.model, 0))
+        monkeypatch.setattr("secateur.scoring.gates.batch_y", lambda *asked: 0.5 * batch_y(*asked))
+        assert float(lesson.loss(fit.model, 0)) == pytest.approx(before, rel=1e-4)
+        monkeypatch.setattr("secateur.scoring.gates.batch_y", lambda *asked: 1e-6 * batch_y(*asked))
+        assert float(lesson.loss(fit.model, 0)) < before, "a spread of nothing is not believed"
 
 
 def test_gates_stay_between_0_and_1_and_every_one_may_move() -> None:
@@ -57,7 +79,7 @@ def test_training_lowers_the_disparity() -> None:
     def loss(gates: np.ndarray) -> float:
         removed = np.flatnonzero(gates < 0.5)
         with Mask.removing(fit.model, removed).applied(fit.model), torch.no_grad():
-            return sum(float(lesson.loss(fit.model, s)) for s in range(len(lesson.batches)))
+            return sum(float(lesson.loss(fit.model, s)) for s in range(len(lesson.parts)))
 
     scorer = GateTraining(damage=0, price=0, prompts=99, learning_rate=0.1)
     start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)

@@ -15,7 +15,7 @@ from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
 from secateur.evaluation.walk import Walk
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, measure_y_of_each, pack
-from secateur.measures.disparity import Interval, Table
+from secateur.measures.disparity import Interval, Table, statistics
 from secateur.measures.prompts import PromptSet
 from secateur.measures.utility import (
     NeutralText,
@@ -43,11 +43,20 @@ class Measurement:
     Attributes
     ----------
     table: y by scenario and marker.
-    nll: (windows,) negative log-likelihood of the neutral text; None where it was not asked for.
+    nll: (windows,) negative log-likelihood of the neutral text. log_perplexity: their mean per token, nats. kl: of
+        the unpruned model's predictions there and the pruned one's, nats per token; see ``divergence``. None where
+        it was not asked for.
     """
 
     table: Table
     nll: np.ndarray | None = None
+    log_perplexity: float | None = None
+    kl: float | None = None
+
+    @property
+    def smd(self) -> np.ndarray:
+        """Bias by scenario, (scenarios,): see :mod:`secateur.measures.disparity`."""
+        return statistics(self.table)["smd"]
 
 
 class Pool(Protocol):
@@ -173,7 +182,10 @@ class Evaluator:
                 self._remember(key, {FINITE: np.array(0)})
             raise
         table = Table(self.prompts.table(known["y"]), self.prompts.groups)
-        return Measurement(table, known["nll"] if utility else None)
+        if not utility:
+            return Measurement(table)
+        kl = float(known["kl"]) if self.divergence else None
+        return Measurement(table, known["nll"], float(np.log(perplexity(known["nll"], self._text))), kl)
 
     def evaluate_each(
         self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
