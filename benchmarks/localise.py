@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import secateur
 from secateur.evaluation import Evaluator
@@ -35,9 +34,8 @@ def read_once(pool: Evaluator, fasp: Fasp) -> None:
     """One whole pass over what the draws of ``fasp`` read for every head."""
     for draw in fasp.prompt_draws(pool):
         Evaluator(pool.model, draw.of(pool.prompts)).evaluate()
-    assert pool.text is not None
     for numbers in fasp.window_draws(pool):
-        hidden_states(pool.model, replace(pool.text, windows=tuple(pool.text.windows[n] for n in numbers)))
+        hidden_states(pool.model, fasp.text_of(pool, numbers))
 
 
 def main() -> None:
@@ -64,6 +62,7 @@ def main() -> None:
     ours, our_time = cost(model, lambda: Attribution().score(Evaluator(model, prompts, text)))
     report("attribution (scores every neuron, too)", ours, our_time)
     fasp = Fasp(
+        window_tokens=text.window,
         seeds=SEEDS,
         markers=max(2, options.markers // 2),
         scenarios=len(prompts.scenarios),

@@ -147,7 +147,12 @@ def test_random_draws_are_no_cost_of_the_method(tmp_path: Path) -> None:
         costs.append((found.tokens_forward, found.draw_tokens))
         assert result.run["tokens_forward"] == model.usage.forward
     assert costs[0][0] == costs[1][0]
-    assert costs[1][1] == 4 * costs[0][1] > 0
+    assert 4 * costs[0][1] > costs[1][1] > costs[0][1] > 0, "passes begin where masks begin to differ"
+    (whole,) = compare_again(
+        model, write_suite(tmp_path), methods=("random",), random_draws=4, kept_mib=0, **told
+    ).methods
+    assert whole.draw_tokens == 4 * costs[0][1]
+    assert whole.random_reductions == pytest.approx(found.random_reductions, abs=1e-3)
     row = next(csv.DictReader(result.csv().splitlines()))
     assert int(row["random_draws"]) == 4
     assert float(row["random_lowest"]) <= float(row["random_mean"]) <= float(row["random_highest"])
