@@ -180,13 +180,24 @@ class LessonPart:
 
     Attributes
     ----------
-    batches: the prompts in one or more forward passes. groups: (prompts,), the group of each.
+    batches: the prompts in one or more forward passes. markers: (prompts,), the number of each prompt's marker.
+    groups: (markers,), the group of each marker.
     floor: the least variance within groups that is believed.
     """
 
     batches: list[Batch]
+    markers: Tensor
     groups: Tensor
     floor: float
+
+    def gaps(self, y: Tensor) -> Tensor:
+        """Mean over pairs of groups of (gap / spread)^2, from y by prompt, (prompts,)."""
+        owner = self.markers.to(y.device)
+        total, count = (y.new_zeros(len(self.groups)).index_add(0, owner, one) for one in (y, torch.ones_like(y)))
+        by_group = [(total / count)[(self.groups == group).to(y.device)] for group in self.groups.unique()]
+        variance = torch.stack([some.var() for some in by_group]).mean().clamp_min(self.floor)
+        gaps = torch.stack([one.mean() - other.mean() for one, other in combinations(by_group, 2)])
+        return (gaps.square() / variance).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +213,8 @@ class Lesson:
         rng, known = np.random.default_rng(seed), fit.prompts
         groups = np.unique(known.groups)
         members = [np.array(known.markers)[known.groups == group] for group in groups]
-        deals = max(1, round(min(map(len, members)) * len(groups) / max(prompts, 2 * len(groups))))
+        fewest = min(map(len, members))
+        deals = max(1, min(fewest // 2, round(fewest * len(groups) / prompts)))  # a spread needs two of each
         *_, spread = next(pairs_of_groups(table))  # (scenarios,), one for all pairs
         group_of = dict(zip(known.markers, known.groups.tolist(), strict=True))
         parts = []
@@ -211,9 +223,11 @@ class Lesson:
             for hands in zip(*dealt, strict=True):
                 drawn = set(np.concatenate(hands).tolist())
                 asked = known.where(np.array([p.scenario == scenario and p.marker in drawn for p in known.prompts]))
-                owner = torch.tensor([group_of[prompt.marker] for prompt in asked.prompts])
+                named = sorted(drawn)
+                owner = torch.tensor([named.index(prompt.marker) for prompt in asked.prompts])
+                of_groups = torch.tensor([group_of[marker] for marker in named])
                 floor = float(SPREAD_FLOOR * spread[row]) ** 2
-                parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, floor))
+                parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, of_groups, floor))
         return cls(fit, parts)
 
     def loss(self, model: LanguageModel, number: int) -> Tensor:
@@ -221,10 +235,7 @@ class Lesson:
         part = self.parts[number]
         y = torch.cat([batch_y(model, self.fit.prompts.suite, batch) for batch in part.batches])  # (prompts,)
         model.usage.backward += sum(batch.tokens for batch in part.batches)
-        by_group = [y[part.groups.to(y.device) == group] for group in part.groups.unique()]
-        variance = torch.stack([some.var() for some in by_group]).mean().clamp_min(part.floor)
-        gaps = torch.stack([one.mean() - other.mean() for one, other in combinations(by_group, 2)])
-        return (gaps.square() / variance).mean()
+        return part.gaps(y)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ within groups, and e = y' - b y, the gap of a scenario under the mask is
 
     gap' = b gap(all of fit) + mean_A e - mean_B e
 
-with the variance var_A e / n_A + var_B e / n_B: the regression estimator of survey sampling (Cochran, *Sampling
-Techniques*, chapter 7).
+with the variance (1 - n_A / N_A) var_A e / n_A + (1 - n_B / N_B) var_B e / n_B, n of N markers being asked: the
+regression estimator of survey sampling (Cochran, *Sampling Techniques*, chapter 7).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _centred(y: np.ndarray) -> np.ndarray:
 
 
 def _variance_of_mean(values: np.ndarray) -> np.ndarray:
-    """Of the mean over markers, (scenarios,), pooled: each has a few markers only."""
+    """Of the mean over drawn markers, (scenarios,), about that over all; pooled, as each has a few markers only."""
     count = (~np.isnan(values)).sum(axis=1)
     pooled = float(np.nansum(_centred(values) ** 2)) / max(1, int((count - 1).sum()))
-    return np.asarray(pooled / np.maximum(count, 1))
+    return np.asarray((1 - count / values.shape[1]) * pooled / np.maximum(count, 1))
