@@ -171,7 +171,7 @@ def racing(bench: Bench, masks: Sequence[Mask], seed: int) -> None:
     race, engine = Race.on(bench.engine(), seed), bench.engine()
     race.first.evaluate(None, utility=True)
     start = time.perf_counter()
-    won = race.winners(masks, len(masks) // 4, lambda mask, found: disparity(found.table))
+    won = race.winners(masks, len(masks) // 4, lambda found: [disparity(found.table)])
     for number in won:
         engine.evaluate(masks[number], utility=True)
     raced = time.perf_counter() - start

@@ -1,11 +1,13 @@
 """Print the held-out hypervolume (bias, perplexity) that four searches reach with the same number of evaluations.
 
 Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--store FILE]``. Every
-search measures that many masks on draws of the fit part of one size (``fasp`` one mask per head, and proposes as many
-of its settings as are left); what attribution costs before ``annealing`` begins is taken off its masks. What a search
-then proposes is measured on select, and those that no other proposal of the search dominates there are measured on
-test. The hypervolume is what these dominate in the rectangle from no bias and no cost to the unpruned model's bias and
-the worst perplexity that counts, as a share of it. A store lets a run that was stopped go on.
+search measures that many masks on draws of the fit part of one size: all scenarios, some markers, some windows of text
+(``fasp`` one mask per head); what attribution and the unpruned model's answers to all of fit cost before ``annealing``
+begins is taken off its masks. Each search proposes up to twenty masks. Those that no other proposal of the search
+dominates on select are measured on test, in the order of what they cost on select: for every price that a user would
+pay, the one taken is the last in this order that keeps to it on test. The hypervolume is the area between the unpruned
+model's bias and that of the masks taken, over prices from none to the worst that counts, as a share of the whole. A
+store lets a run that was stopped go on; tokens and seconds are then those since.
 """
 
 from __future__ import annotations
@@ -24,16 +26,22 @@ import secateur
 from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import corrected_square
+from secateur.measures.utility import WINDOW
 from secateur.progress import Advance
-from secateur.search.annealing import Annealing, Survey, first_states
+from secateur.search import pareto
+from secateur.search.annealing import Annealing
 from secateur.search.base import Outcome, Problem, Selection
 from secateur.search.methods import method
+from secateur.search.protected import protected_selection
+from secateur.search.survey import Survey
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
 
 WORST = 0.10
 PROPOSALS = 20
+EVERYTHING = 1000  # scenarios
+LEAST = 24  # evaluations to search with
 
 
 @dataclass(frozen=True)
@@ -43,23 +51,17 @@ class Point:
     bias: float
     increase: float
 
-    def dominates(self, other: Point) -> bool:
-        return self.bias <= other.bias and self.increase <= other.increase and self != other
 
-
-def hypervolume(points: list[Point], worst: Point) -> float:
-    """Share of the rectangle up to ``worst`` that points dominate; an increase below 0 counts as 0."""
-    if worst.bias <= 0:
+def hypervolume(points: list[Point], before: float, worst: float) -> float:
+    """Share of bias times price that is taken away by points in the order of what they were expected to cost."""
+    if before <= 0:
         return float("nan")
-    inside = sorted(
-        (max(0.0, p.increase), p.bias) for p in points if p.bias < worst.bias and p.increase < worst.increase
-    )
-    area, lowest = 0.0, worst.bias
-    for increase, bias in inside:
-        if bias < lowest:
-            area += (lowest - bias) * (worst.increase - increase)
-            lowest = bias
-    return area / (worst.bias * worst.increase)
+    prices = sorted({max(0.0, point.increase) for point in points if point.increase < worst})
+    area = 0.0
+    for price, next_price in zip(prices, [*prices[1:], worst], strict=True):
+        taken = [point for point in points if point.increase <= price][-1]
+        area += (before - taken.bias) * (next_price - price)
+    return area / (before * worst)
 
 
 @contextmanager
@@ -83,26 +85,50 @@ def proposed(problem: Problem, name: str, options: dict[str, Any], seed: int) ->
 
 
 def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
-    """The front of masks drawn at random over single heads and blocks of neurons."""
+    """The front of masks drawn at random: up to a twentieth of the heads, and of neurons as many as annealing may."""
     rng, space = np.random.default_rng(settings.seed), problem.space
-    heads = rng.permutation(space.n_heads)[: settings.heads]
-    neurons = space.n_heads + rng.permutation(space.n_neurons)[: settings.neurons]
-    items = [heads[i : i + 1] for i in range(len(heads))]
-    items += [neurons[i : i + settings.block] for i in range(0, len(neurons), settings.block)]
-    survey = Survey.prepare(problem, [items[n] for n in rng.permutation(len(items))], settings)
-    survey.measure(first_states(len(items), settings.evaluations, rng))
-    front = survey.front()[:PROPOSALS]
-    return [Selection.of_units(survey.units_of(one.state), space, {}) for one in front]
+    order = rng.permutation(np.arange(space.n_heads, space.n_heads + space.n_neurons))
+    blocks = [order[i : i + settings.block] for i in range(0, len(order), settings.block)]
+    items = [*(np.array([head]) for head in range(space.n_heads)), *blocks]
+    survey = Survey(problem, items, settings.markers, settings.windows, settings.seed)
+    heads, most = space.n_heads, (space.n_heads // 20, settings.neurons // settings.block)
+    states: dict[bytes, np.ndarray] = {}
+    while len(states) < settings.evaluations:
+        counts = [int(np.exp(rng.uniform(0, np.log(2 + one)))) - 1 for one in most]
+        removed = [
+            *rng.choice(heads, counts[0], replace=False),
+            *(heads + rng.choice(len(blocks), counts[1], replace=False)),
+        ]
+        if removed:
+            state = np.isin(np.arange(len(items)), removed)
+            states[state.tobytes()] = state
+    survey.measure(list(states.values()))
+    points = np.array([[one.bias, one.cost] for one in survey.found])
+    worst = (survey.before, float(np.log1p(WORST)))
+    taken = pareto.greedy(points, pareto.front(points), PROPOSALS, worst)
+    return [Selection.of_units(survey.units_of(survey.found[number].state), space, {}) for number in taken]
+
+
+def protected_heads(problem: Problem, options: dict[str, Any], seed: int) -> list[Selection]:
+    """fasp: one head and more, of those that perplexity does not need, at two of the published protections."""
+    scorer = method("fasp", options).seeded(seed).scorer
+    values, heads = problem.score(scorer).values, problem.space.n_heads
+    found = {}
+    for count in range(1, PROPOSALS // 2 + 1):
+        for gamma in (0.3, 0.7):
+            removed = protected_selection(values["bias"], values["log_perplexity"], gamma, count / heads)
+            found[tuple(sorted(removed.tolist()))] = Selection("heads", removed, {"gamma": gamma})
+    return list(found.values())
 
 
 def price_of_attribution(problem: Problem, settings: Annealing) -> int:
-    """Attribution in evaluations: an evaluation of all of fit, a pass forward and one backward, which is worth two."""
-    draw = Survey.prepare(problem, [], settings).draw.part
+    """In evaluations: the unpruned model on all of fit, a pass forward and one backward, which is worth two."""
+    draw = Survey(problem, [], settings.markers, settings.windows, settings.seed).draw.part
     return round(4 * problem.fit.tokens / draw.tokens)
 
 
 def held_out(parts: Parts, masks: list[AnyMask], seed: int) -> list[Point]:
-    """On test, the masks that no other dominates on select."""
+    """On test, the masks that no other dominates on select, in the order of what they cost there."""
 
     def point(evaluator: Any, mask: AnyMask) -> Point:
         try:
@@ -112,9 +138,9 @@ def held_out(parts: Parts, masks: list[AnyMask], seed: int) -> list[Point]:
         bias = max(0.0, corrected_square(found.table, seed)) ** 0.5
         return Point(bias, evaluator.perplexity(mask) / evaluator.perplexity() - 1)
 
-    seen = [(mask, point(parts.select, mask)) for mask in masks]
-    front = [mask for mask, one in seen if not any(other.dominates(one) for _, other in seen)]
-    return [point(parts.test, mask) for mask in front]
+    seen = [point(parts.select, mask) for mask in masks]
+    front = pareto.front(np.array([[one.bias, one.increase] for one in seen])) if seen else []
+    return [point(parts.test, masks[number]) for number in sorted(front, key=lambda number: seen[number].increase)]
 
 
 def main() -> None:
@@ -139,23 +165,33 @@ def main() -> None:
     told: dict[str, dict[str, Any]] = {
         "annealing": {**search, "finalists": PROPOSALS},
         "attention-pruning": {**search, "finalists": PROPOSALS // 4},
-        "fasp": {"seeds": max(1, options.evaluations // heads), **draw},
-    }
+        "fasp": {
+            "seeds": max(1, options.evaluations // heads), "scenarios": EVERYTHING, "window_tokens": WINDOW, **draw,
+        },
+    }  # fmt: skip
     for pair in options.set:
-        name, value = pair.split("=", 1)
-        told.setdefault(name.split(".")[0], {})[name.split(".")[1]] = value
+        setting, value = pair.split("=", 1)
+        name, key = setting.split(".", 1)
+        if name not in told or key == "evaluations":
+            parser.error(f"{setting} cannot be set; settings of {', '.join(told)} can, but for evaluations")
+        told[name][key] = value
 
     def random_masks(problem: Problem, seed: int) -> list[Selection]:
         return random_search(problem, Annealing(seed=seed, **search))
 
     def annealed(problem: Problem, seed: int) -> list[Selection]:
         left = options.evaluations - price_of_attribution(problem, Annealing(seed=seed, **search))
+        if left < LEAST:
+            raise SystemExit(f"attribution takes all but {left} of {options.evaluations} evaluations; allow more")
         return proposed(problem, "annealing", {**told["annealing"], "evaluations": left}, seed)
 
     def of(name: str) -> Callable[[Problem, int], list[Selection]]:
         return lambda problem, seed: proposed(problem, name, told.get(name, {}), seed)
 
-    special = {"random-search": random_masks, "annealing": annealed}
+    def protected(problem: Problem, seed: int) -> list[Selection]:
+        return protected_heads(problem, told["fasp"], seed)
+
+    special = {"random-search": random_masks, "annealing": annealed, "fasp": protected}
     searches = {name: special.get(name) or of(name) for name in options.methods.split(",")}
     volumes: dict[str, list[float]] = {name: [] for name in searches}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -171,7 +207,7 @@ def main() -> None:
             masks = [problem.mask_of(selection) for selection in run(problem, seed)]
             searched, used = time.perf_counter() - start, model.usage.since(spent)
             points = held_out(parts, masks, seed)
-            volumes[name].append(hypervolume(points, Point(before, WORST)))
+            volumes[name].append(hypervolume(points, before, WORST))
             best = min(
                 (p for p in points if p.increase <= settings.max_perplexity_increase),
                 key=lambda p: p.bias,

@@ -17,6 +17,9 @@ GROUPS = np.repeat([0, 1], 40)
 SCENARIOS = 10
 
 
+SCALES = np.geomspace(0.3, 3, SCENARIOS)[:, None]  # scenarios differ in their spread
+
+
 def population(seed: int, correlation: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """Answers of an unpruned and of a pruned model, (scenarios, markers); markers differ alike in all scenarios."""
     rng = np.random.default_rng(seed)
@@ -24,19 +27,21 @@ def population(seed: int, correlation: float = 0.9) -> tuple[np.ndarray, np.ndar
     before = marker + 0.5 * rng.standard_normal((SCENARIOS, 80))
     other = rng.standard_normal(80) + 0.5 * rng.standard_normal((SCENARIOS, 80))
     after = 0.6 * (correlation * before + np.sqrt(1 - correlation**2) * other) - 0.3 * (GROUPS == 0)
-    return before, after
+    return SCALES * before, SCALES * after
 
 
 def draw_of(before: np.ndarray, seed: int, markers: int, turns: bool) -> Draw:
     """A draw of a population: other markers from scenario to scenario, or the same ones."""
     pairs = list(pairs_of_groups(Table(before, GROUPS)))
+    spread = pairs[0][-1]
     asked, rng = np.zeros(before.shape, dtype=bool), np.random.default_rng(seed)
     for group in (0, 1):
         order = rng.permutation(np.flatnonzero(group == GROUPS))
         for row in range(len(asked)):
             asked[row, np.roll(order, -markers * row * turns)[:markers]] = True
-    drawn = Table(np.where(asked, before, np.nan), GROUPS)
-    return Draw(None, drawn, np.array([gap for _, _, gap, _ in pairs]), pairs[0][-1], list(range(SCENARIOS)))  # type: ignore[arg-type]
+    drawn = Table(np.where(asked, before, np.nan) / spread[:, None], GROUPS)
+    gaps = np.array([gap for _, _, gap, _ in pairs]) / spread
+    return Draw(None, drawn, gaps, spread, np.zeros(0), list(range(SCENARIOS)))  # type: ignore[arg-type]
 
 
 def seen(draw: Draw, after: np.ndarray) -> Table:
@@ -50,6 +55,7 @@ def test_a_draw_of_everything_gives_the_gaps_themselves() -> None:
     gap = after[:, GROUPS == 0].mean(axis=1) - after[:, GROUPS == 1].mean(axis=1)
 
     def within(y: np.ndarray) -> float:
+        y = y / draw.spread[:, None]
         return float(
             sum(((y[:, g == GROUPS] - y[:, g == GROUPS].mean(axis=1, keepdims=True)) ** 2).sum() for g in (0, 1))
         )
@@ -104,7 +110,7 @@ def test_no_difference_is_no_disparity_on_average() -> None:
     for seed in range(100):
         rng = np.random.default_rng(1000 + seed)
         before, _ = population(seed)
-        after = rng.standard_normal(80) + 0.5 * rng.standard_normal((SCENARIOS, 80))
+        after = SCALES * (rng.standard_normal(80) + 0.5 * rng.standard_normal((SCENARIOS, 80)))
         after -= np.where(GROUPS == 0, after[:, GROUPS == 0].mean(axis=1, keepdims=True), 0)
         after -= np.where(GROUPS == 1, after[:, GROUPS == 1].mean(axis=1, keepdims=True), 0)
         draw = draw_of(before, seed, 4, True)
@@ -139,5 +145,32 @@ def test_a_draw_reads_masks_of_a_model() -> None:
     for number, (_, _, gap, _) in enumerate(pairs_of_groups(table)):
         ratio = gap / (found.value[number] * draw.spread)  # one for all scenarios
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
+    unpruned = draw.read(draw.part.evaluate().table)
+    np.testing.assert_allclose(unpruned.value, draw.unpruned.value, rtol=1e-3)
     half = draw.on(draw.part.on(draw.part.prompts.of_scenarios(draw.scenarios[:1]), None))
     assert half.gaps.shape[1] == len(half.spread) == len(half.before.y) == 1
+
+
+def test_the_next_draw_asks_other_markers_and_reads_other_windows() -> None:
+    fit = fit_of()
+    assert fit.text is not None
+    draws = [Draw.staggered(fit, 2, 1, 0, turn) for turn in range(3)]
+    asked = [frozenset((one.scenario, one.marker) for one in draw.part.prompts.prompts) for draw in draws]
+    assert len(set(asked)) > 1
+    read = [draw.part.text.windows[0].tokens.tolist() for draw in draws if draw.part.text is not None]
+    expected = [fit.text.windows[turn % len(fit.text.windows)].tokens.tolist() for turn in range(3)]
+    assert read == expected
+    again = Draw.staggered(fit, 2, 1, 0, 1)
+    assert again.part.part == draws[1].part.part
+
+
+def test_the_increase_is_that_of_log_perplexity_on_the_windows_of_the_draw() -> None:
+    fit = fit_of()
+    draw = Draw.staggered(fit, 2, 2, 0, 1)
+    mask = Mask.removing(fit.model, [0, 20, 40])
+    found = draw.part.evaluate(mask, utility=True)
+    assert found.nll is not None
+    expected = np.log(draw.part.perplexity(mask)) - np.log(draw.part.perplexity())
+    assert float(draw.increase(found.nll).value) == pytest.approx(expected, abs=1e-5)
+    assert draw.increase(found.nll).variance >= 0
+    assert draw.increase(draw.nll).value == 0

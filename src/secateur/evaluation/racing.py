@@ -41,14 +41,16 @@ class Race:
         return self.first.tokens / self.whole.tokens
 
     def winners(
-        self, masks: Sequence[AnyMask], count: int, energy: Callable[[AnyMask, Measurement], float]
+        self, masks: Sequence[AnyMask], count: int, energies: Callable[[Measurement], Sequence[float]]
     ) -> list[int]:
         """The masks of lowest energy on the slice, by their positions, ascending; those without finite answers last.
 
         Parameters
         ----------
-        energy: of a mask as measured on the slice; the lower, the better.
+        energies: of a mask as measured on the slice; the lower, the better. Several take turns.
         """
-        found = self.first.evaluate_each(masks, utility=self.first.text is not None)
-        energies = [np.inf if one is None else energy(mask, one) for mask, one in zip(masks, found, strict=True)]
-        return sorted(np.argsort(energies, kind="stable")[:count].tolist())
+        measured = enumerate(self.first.evaluate_each(masks, utility=self.first.text is not None))
+        told = {number: energies(found) for number, found in measured if found is not None}
+        turns = np.array(list(told.values())).reshape(len(told), -1).argsort(axis=0, kind="stable").ravel()
+        order = dict.fromkeys([*np.array(list(told), dtype=int)[turns].tolist(), *range(len(masks))])
+        return sorted(list(order)[:count])

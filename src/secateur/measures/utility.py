@@ -70,6 +70,10 @@ class NeutralText:
             by_length.setdefault(len(window.tokens), []).append(number)
         return [numbers[i : i + rows] for numbers in by_length.values() for i in range(0, len(numbers), rows)]
 
+    def some(self, windows: list[int]) -> NeutralText:
+        """Windows by their numbers, in that order."""
+        return NeutralText(tuple(self.windows[number] for number in windows), self.window, self.stride)
+
     def first(self, windows: int, length: int | None = None) -> NeutralText:
         """The first windows alone, cut to ``length`` tokens; a window that then scores none is left out."""
         cut = [Window(window.tokens[:length], window.start) for window in self.windows]

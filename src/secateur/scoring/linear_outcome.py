@@ -2,8 +2,8 @@
 
 Gaps are close to linear in what is removed, where disparity, their root mean square, has a kink at zero: so gaps are
 predicted, and disparity is made of them. The coefficients have the prior N(prior, tau^2) and are learnt from residuals
-of equal variance: ridge regression towards the prior, its strength chosen by generalised cross-validation (Golub,
-Heath and Wahba, 1979). Draws from the posterior tell how sure a prediction is.
+of equal variance: ridge regression towards the prior, its strength chosen by leaving out one mask at a time. Draws
+from the posterior tell how sure a prediction is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRENGTHS = np.geomspace(1e-2, 1e4, 19)
+# Relative to the mean square of the singular values: from all but the data's word to next to none of it.
+STRENGTHS = np.geomspace(1e-3, 1e2, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +41,30 @@ class Posterior:
 
     Attributes
     ----------
-    mean: (items, outcomes). root: (items, items), a root R of the covariance of one outcome with variance 1.
-    deviation: (outcomes,), standard deviation of the residuals. offset: (outcomes,).
+    mean: (items, outcomes). offset: (outcomes,), the unpruned model's.
+    root: (items, items), a root R of the covariance R R' of one outcome's coefficients, for residuals of variance 1.
+    residuals: (masks, outcomes), scaled so that residuals' residuals is the covariance of one residual.
     """
 
     mean: np.ndarray
-    root: np.ndarray
-    deviation: np.ndarray
     offset: np.ndarray
+    root: np.ndarray
+    residuals: np.ndarray
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Linear]:
-        """Coefficients from the posterior."""
-        return [self._linear(self.mean + self.root @ self._noise(rng)) for _ in range(count)]
+    @property
+    def deviation(self) -> np.ndarray:
+        """Standard deviation of a residual, (outcomes,)."""
+        return np.asarray(np.sqrt((self.residuals**2).sum(axis=0)))
 
-    def _noise(self, rng: np.random.Generator) -> np.ndarray:
-        return np.asarray(rng.standard_normal(self.mean.shape) * self.deviation)
+    def of(self, removed: np.ndarray) -> np.ndarray:
+        """The outcomes to be expected, (masks, outcomes), of masks (masks, items)."""
+        return np.asarray(self.offset + removed @ self.mean)
 
-    def _linear(self, coefficients: np.ndarray) -> Linear:
-        return Linear(torch.from_numpy(coefficients).float(), torch.from_numpy(self.offset).float())
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Coefficients from the posterior, (items, outcomes). What is unknown of the outcomes goes together as their
+        residuals do: an item that does more than was expected does so in many scenarios."""
+        together = rng.standard_normal((len(self.mean), len(self.residuals))) @ self.residuals  # (items, outcomes)
+        return np.asarray(self.mean + self.root @ together)
 
 
 def learn(
@@ -76,18 +83,22 @@ def learn(
     rest = root * (outcomes - offset - removed @ prior)
     left, values, right = np.linalg.svd(x, full_matrices=False)
     projected = left.T @ rest  # (rank, outcomes)
-    outside = (rest**2).sum() - (projected**2).sum()
-    scores = []
-    for strength in STRENGTHS:
+    scale = max(float((values**2).mean()), 1e-12)
+    fits = []
+    for strength in scale * STRENGTHS:
         shrunk = values**2 / (values**2 + strength)
-        error = outside + (((1 - shrunk)[:, None] * projected) ** 2).sum()
-        scores.append(error / max(1e-9, len(x) - shrunk.sum()) ** 2)
-    strength = float(STRENGTHS[int(np.argmin(scores))])
-    shrunk = values**2 / (values**2 + strength)
+        missed = rest - left @ (shrunk[:, None] * projected)
+        free = 1 - (left**2) @ shrunk  # (masks,), what a mask's own outcome leaves of its residual
+        fits.append((float(((missed / free[:, None]) ** 2).sum()), strength, missed, free))
+    _, strength, missed, free = min(fits, key=lambda fit: fit[0])
     change = right.T @ ((values / (values**2 + strength))[:, None] * projected)
-    missed = rest - left @ (shrunk[:, None] * projected)
-    deviation = np.sqrt((missed**2).sum(axis=0) / max(1.0, len(x) - shrunk.sum()))
     # (X'X + strength I)^-1 = V diag(1 / (d^2 + strength)) V' + (I - V V') / strength
     inside = right.T @ np.diag((values**2 + strength) ** -0.5) @ right
-    outside_root = (np.eye(x.shape[1]) - right.T @ right) / np.sqrt(strength)
-    return Posterior(prior + change, inside + outside_root, deviation, offset)
+    outside = (np.eye(x.shape[1]) - right.T @ right) / np.sqrt(strength)
+    return Posterior(prior + change, offset, inside + outside, missed / np.sqrt(max(1e-12, float(weights @ free))))
+
+
+def joined(coefficients: list[np.ndarray], offsets: list[np.ndarray]) -> Linear:
+    """Several sets of coefficients, each (items, some outcomes), as one with all outcomes side by side."""
+    inward, offset = np.concatenate(coefficients, axis=1), np.concatenate(offsets)
+    return Linear(torch.from_numpy(inward).float(), torch.from_numpy(offset).float())
