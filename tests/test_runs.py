@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from secateur.errors import DataError, NumericalError
 from secateur.evaluation import Evaluator
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, STATE
+from secateur.models import precision
 from secateur.studies.runs import list_runs, read_run, resume_command
 
 PASSING = 2
@@ -69,6 +71,27 @@ def test_an_interrupted_repair_is_listed_and_carried_on(
     assert one["candidates"] == other["candidates"]
     assert one["test"] == other["test"]
     assert [run.finished for run in list_runs(output.parent)] == [True, True]
+
+
+def test_a_run_carries_on_in_the_precision_that_was_measured_at_its_start(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(inputs / "cache"))
+    monkeypatch.setattr(precision, "CLOSE", 100.0)
+    asked = [*arguments(inputs, output), "--matmul-precision", "auto"]
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the command says it in its own way
+        patch.setattr(precision, "FASTER", 0.0)
+        interrupt_after(patch, 6)
+        stopped = call(*asked)
+    assert stopped.status == 130
+    assert "Matrix products in medium precision" in stopped.out
+    monkeypatch.setattr(precision, "FASTER", 1e9)  # measured now, it would be another
+    resumed = call(*asked)
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out
+    model = json.loads((output / "run.json").read_text())["model"]
+    assert model["matmul_precision"] == model["precision_trial"]["chosen"] == "medium"
 
 
 def test_every_kind_of_run_has_its_summary(tmp_path: Path) -> None:

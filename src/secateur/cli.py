@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -695,7 +696,9 @@ def _load(
 ) -> Any:
     import secateur
 
-    with console.status("Loading the model (the default one is converted on first use, about 30 s) ..."):
+    status = console.status("Loading the model (the default one is converted on first use, about 30 s) ...")
+    with status, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Matrix products")  # said below
         loaded = secateur.load(
             model,
             dtype=dtype,

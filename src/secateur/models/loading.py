@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,8 +62,9 @@ def load(
     device_map: passed to transformers to spread a large model ("auto", or a map); excludes device.
     trust_remote_code: run code that comes with the checkpoint. Off unless you say so.
     matmul_precision: "highest", or "high" or "medium" to multiply fp32 matrices in TF32 or bf16 where the
-        hardware has that (NVIDIA GPUs; CPUs with AMX); "auto" measures whether bf16 is faster here and close enough,
-        and notes what it chose in ``precision_trial``. The output head keeps the highest precision.
+        hardware has that (NVIDIA GPUs; CPUs with AMX); "auto" measures whether "medium" is much faster here and close
+        enough, once for each model and machine, warns where it takes it and notes the figures in
+        ``precision_trial``. The output head keeps the highest precision.
 
     Raises
     ------
@@ -105,13 +107,16 @@ def load(
     }
     if matmul_precision != "auto":
         return LanguageModel(model, tokenizer, name, matmul_precision, loaded_with)
-    trial = choose_precision(LanguageModel(model, tokenizer, name))
-    loaded_with["matmul_precision"] = trial.chosen  # what loads it again does not measure again
-    return LanguageModel(model, tokenizer, name, trial.chosen, loaded_with, trial)
+    trial = choose_precision(LanguageModel(model, tokenizer, name), cache_directory() / "precision")
+    chosen: MatmulPrecision = "highest" if trial is None else trial.chosen
+    if chosen != "highest":
+        warnings.warn(str(trial), stacklevel=2)
+    loaded_with["matmul_precision"] = chosen  # what loads it again does not measure again
+    return LanguageModel(model, tokenizer, name, chosen, loaded_with, trial)
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: ``SECATEUR_CACHE`` or the user's cache directory."""
+    """Where converted models and trials of precision are kept: ``SECATEUR_CACHE`` or the user's cache directory."""
     return Path(os.environ.get("SECATEUR_CACHE") or platformdirs.user_cache_path("secateur"))
 
 

@@ -62,6 +62,7 @@ class Recorder:
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The content of ``run.json``."""
+        trial = self.model.precision_trial
         return {
             "command": sys.argv,
             "settings": settings,
@@ -73,6 +74,7 @@ class Recorder:
                 "fingerprint": self.model.fingerprint,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "matmul_precision": self.model.matmul_precision,
+                "precision_trial": None if trial is None else asdict(trial),
                 "device": device_name(self.model),
             },
             "threads": torch.get_num_threads(),
