@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import write_suite
 from test_scoring import fit_of, means_of
 from tiny import HEADS, LAYERS, NAMES
 
@@ -17,9 +19,10 @@ from secateur.evaluation import Evaluator
 from secateur.measures.answers import batch_y
 from secateur.measures.disparity import Table
 from secateur.measures.prompts import build_prompts
-from secateur.measures.splits import split
+from secateur.measures.splits import split, whole
+from secateur.models import LanguageModel
 from secateur.scoring.attribution import pairs_of_groups
-from secateur.scoring.gates import GateScores, GateTraining, Lesson
+from secateur.scoring.gates import Course, GateScores, GateTraining, Lesson
 from secateur.search.base import Outcome, Problem
 from secateur.search.methods import method
 from secateur.search.rounding import Rounding
@@ -30,6 +33,10 @@ SHORT = GateTraining(gate_steps=3, prompts=6)
 
 def table_of(fit: Evaluator) -> Table:
     return fit.evaluate().table
+
+
+def course_of(fit: Evaluator, scorer: GateTraining = SHORT) -> Course:
+    return Course.prepare(fit, table_of(fit), scorer.prompts, scorer.seed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,6 +60,41 @@ def test_a_training_asks_all_markers_of_all_scenarios_in_turn() -> None:
     assert [len(part.groups) for part in lesson.parts] == [6] * 6  # three of nine markers of each group at a time
     assert sorted(set(asked)) == sorted({(one.scenario, one.marker) for one in fit.prompts.prompts})
     assert all(len(part.groups.unique()) == len(np.unique(fit.prompts.groups)) for part in lesson.parts)
+
+
+@pytest.fixture
+def worded(tmp_path: Path) -> Evaluator:
+    """Asks eight markers of each of two groups in three wordings of three scenarios."""
+    model, suite = fit_of().model, secateur.load_suite(write_suite(tmp_path))
+    return Evaluator(model, build_prompts(model, suite, whole(suite)), fit_of().text)
+
+
+def test_a_step_asks_about_as_many_prompts_as_it_is_told(worded: Evaluator) -> None:
+    lesson = Lesson.prepare(worded, table_of(worded), prompts=12, seed=0)
+    assert [sum(len(batch.prompts) for batch in part.batches) for part in lesson.parts] == [12] * 12
+    assert [len(part.groups) for part in lesson.parts] == [4] * 12
+
+
+def asked_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the parts that are asked from now on."""
+    asked: list[int] = []
+    loss = Lesson.loss
+
+    def heard(self: Lesson, model: LanguageModel, number: int) -> torch.Tensor:
+        asked.append(number)
+        return loss(self, model, number)
+
+    monkeypatch.setattr(Lesson, "loss", heard)
+    return asked
+
+
+def test_a_training_goes_on_where_the_one_before_stopped(worded: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = np.ones(len(UnitSpace.of(worded.model)), dtype=np.float32)
+    course = course_of(worded, GateTraining(prompts=12))
+    asked = asked_in(monkeypatch)
+    for steps in (5, 7):
+        SHORT.train(course, start, steps)
+    assert sorted(asked) == list(range(12))
 
 
 def test_answers_that_shrink_as_a_whole_win_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +130,7 @@ def test_training_lowers_the_disparity() -> None:
 
     scorer = GateTraining(damage=0, price=0, prompts=99, learning_rate=0.1)
     start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)
-    trained = scorer.train(fit, table, start, 30, polarity=0.1)
+    trained = scorer.train(course_of(fit, scorer), start, 30, polarity=0.1)
     assert 0 < (trained < 0.5).sum() < len(trained)
     assert loss(trained) < loss(start)
 
@@ -97,7 +139,7 @@ def test_what_is_not_free_stays_as_it_was() -> None:
     fit = fit_of()
     start = np.random.default_rng(0).random(len(UnitSpace.of(fit.model))).astype(np.float32)
     free = np.arange(len(start)) % 3 == 0
-    trained = SHORT.train(fit, table_of(fit), start, 3, free=free)
+    trained = SHORT.train(course_of(fit), start, 3, free=free)
     np.testing.assert_array_equal(trained[~free], start[~free])
     assert (trained[free] != start[free]).mean() > 0.9
 
@@ -106,15 +148,27 @@ def test_polarity_drives_gates_to_their_nearer_end() -> None:
     fit = fit_of()
     start = np.where(np.arange(len(UnitSpace.of(fit.model))) % 2, 0.8, 0.2).astype(np.float32)
     scorer = GateTraining(damage=0, price=0, learning_rate=0.05)
-    trained = scorer.train(fit, table_of(fit), start, 20, polarity=1e4)
+    trained = scorer.train(course_of(fit, scorer), start, 20, polarity=1e4)
     assert set(np.unique(trained)) == {0.0, 1.0}
     np.testing.assert_array_equal(trained, np.round(start))
 
 
+def test_few_gates_are_left_on_the_way_by_default() -> None:
+    fit, scorer, search = fit_of("qwen2"), GateTraining(), Rounding()
+
+    def left(gates: np.ndarray) -> float:
+        return float(((gates > 0.1) & (gates < 0.9)).mean())
+
+    start = scorer.score(fit).gates
+    again = scorer.train(course_of(fit, scorer), start, search.steps, polarity=search.polarity)
+    assert left(start) > 0.3
+    assert left(again) < 0.1
+
+
 def test_damage_keeps_gates_open() -> None:
     fit = fit_of()
-    start, table = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32), table_of(fit)
-    free, dear = (GateTraining(damage=d, price=0).train(fit, table, start, 8) for d in (0.0, 1e4))
+    start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)
+    free, dear = (GateTraining(damage=d, price=0).train(course_of(fit), start, 8) for d in (0.0, 1e4))
     assert dear.sum() > free.sum()
 
 
@@ -143,7 +197,7 @@ class Trained(GateTraining):
         gates[:40] = np.linspace(0.5, 0.9, 40)
         return GateScores(gates)
 
-    def train(self, fit: object, table: object, start: np.ndarray, steps: int, **options: object) -> np.ndarray:  # type: ignore[override]
+    def train(self, course: object, start: np.ndarray, steps: int, **options: object) -> np.ndarray:  # type: ignore[override]
         free, gates = options["free"], start.copy()
         assert isinstance(free, np.ndarray)
         gates[np.flatnonzero(free & (gates > 0))[:1]] = 0
@@ -171,6 +225,22 @@ def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
     assert scorer.__dict__["damages"] == [5.0, 2.5, 5.0]
     assert found[0].kind == "heads"
     assert found[2].kind == "both"
+
+
+def test_further_trainings_are_prepared_once_and_count_as_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, seeds, asked = fit_of(), [], asked_in(monkeypatch)
+    prepare = Lesson.prepare
+    monkeypatch.setattr(Lesson, "prepare", lambda *given: seeds.append(given[-1]) or prepare(*given))
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+    before = fit.model.usage.copy()
+    proposals = Rounding(start=2, factor=1e9, rounds=3, steps=4, pool=20).proposals(problem, SHORT)
+    with suppress(StopIteration):
+        next(proposals)
+        while True:
+            proposals.send(Outcome(0.2, 0.0, True))
+    assert seeds == [0, [0, 1]]
+    assert len(asked) == 3 + 3 * 4
+    assert problem.localise_tokens == fit.model.usage.since(before).forward > 0
 
 
 def test_soft_gates_stay_where_training_left_them() -> None:

@@ -13,7 +13,7 @@ al. (2018); without their noise, the end is as good and simpler.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Any, ClassVar
@@ -37,7 +37,9 @@ from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, maske
 TEXT_TOKENS = 128
 # Of the unpruned model's spread: what is left of it under gates is not believed below this share.
 SPREAD_FLOOR = 0.1
-# The last steps are smaller and smaller, so that gates come to rest where many draws agree.
+# The last steps are smaller and smaller, so that gates come to rest where many draws agree. Where gates are driven to
+# 0 or 1 they rest there anyway: then the last steps are as large as the first, under all of rho, or many gates would be
+# left on the way.
 REST_SHARE = 0.4
 LAST_RATE = 0.1
 
@@ -70,10 +72,11 @@ class GateTraining(Settings):
     ----------
     gate_steps: of the first training, from gates of 1.
     learning_rate: of Adam; about the most that a gate moves in one step, but in the last steps, where it falls to a
-        tenth.
+        tenth unless gates are driven to 0 or 1.
     damage: lambda, the weight of KL in nats per token.
     price: mu, the price of every closed gate.
-    prompts: of one scenario in one step, equally many of each group; other ones in the next step, in turn.
+    prompts: of one scenario in one step, about so many, equally many of each group and at least two markers of each;
+        other ones in the next step, in turn.
     windows: of the neutral text in one step, 128 tokens of each.
     seed: of the draws; that of the study unless it is set.
 
@@ -115,12 +118,12 @@ class GateTraining(Settings):
         table = fit.evaluate(mask, advance).table
         start = np.ones(len(UnitSpace.of(fit.model)), dtype=np.float32)
         with masked(fit.model, mask):
-            return GateScores(self.train(fit, table, start, self.gate_steps, means=means, advance=advance))
+            course = Course.prepare(fit, table, self.prompts, self.seed)
+            return GateScores(self.train(course, start, self.gate_steps, means=means, advance=advance))
 
     def train(
         self,
-        fit: Evaluator,
-        table: Table,
+        course: Course,
         start: np.ndarray,
         steps: int,
         *,
@@ -134,16 +137,13 @@ class GateTraining(Settings):
 
         Parameters
         ----------
-        table: answers of the unpruned model, whose spread is the floor of what is believed.
+        course: what to train on; it goes on where the last training left it.
         start: (units,), the gates to begin with.
         free: bool (units,), the gates that may move; None for all.
         damage: lambda, if it is not to be that of the settings.
-        polarity: rho at the last step; it rises evenly from 0.
+        polarity: rho in the last steps; it rises evenly from 0 before. With it the learning rate stays as it is.
         """
-        model, space = fit.model, UnitSpace.of(fit.model)
-        rng = np.random.default_rng(self.seed)
-        lesson = Lesson.prepare(fit, table, self.prompts, self.seed)
-        text = _Text.prepare(fit, TEXT_TOKENS)
+        model, space = course.model, UnitSpace.of(course.model)
         gates = Gates.ones(model, (), means)
         leaves, slices = gates.leaves(), _slices(space)
         held = torch.from_numpy(start.astype(np.float32))
@@ -151,16 +151,14 @@ class GateTraining(Settings):
         for leaf, place in zip(leaves, slices, strict=True):
             leaf.data.copy_(held[place])
         optimiser = torch.optim.Adam(leaves, lr=self.learning_rate)
-        turns = _shuffled(rng, len(lesson.parts))
         for step in range(steps):
             optimiser.zero_grad()
-            optimiser.param_groups[0]["lr"] = self.learning_rate * _rate(step, steps)
-            windows = rng.permutation(len(text.tokens))[: self.windows]
+            optimiser.param_groups[0]["lr"] = self.learning_rate * (1.0 if polarity else _rate(step, steps))
             weight = self.damage if damage is None else damage
             with torch.enable_grad(), gated(model, gates), model.arithmetic():
-                lesson.loss(model, next(turns)).backward()  # type: ignore[no-untyped-call]
-                (weight * text.divergence(model, windows)).backward()  # type: ignore[no-untyped-call]
-            rho = polarity * step / max(1, steps - 1)
+                course.disparity().backward()  # type: ignore[no-untyped-call]
+                (weight * course.divergence(self.windows)).backward()  # type: ignore[no-untyped-call]
+            rho = polarity * min(1.0, step / max(1.0, (1 - REST_SHARE) * steps))
             for leaf, place in zip(leaves, slices, strict=True):
                 assert leaf.grad is not None
                 leaf.grad += -self.price + rho * (1 - 2 * leaf.detach())
@@ -208,17 +206,25 @@ class Lesson:
     parts: list[LessonPart]
 
     @classmethod
-    def prepare(cls, fit: Evaluator, table: Table, prompts: int, seed: int) -> Lesson:
-        """Deal the markers of every group into parts of about equal size, and all of them to every scenario."""
+    def prepare(cls, fit: Evaluator, table: Table, prompts: int, seed: int | Sequence[int]) -> Lesson:
+        """Deal the markers of every group into parts of about equal size, and all of them to every scenario.
+
+        Parameters
+        ----------
+        table: answers of the unpruned model, whose spread is the floor of what is believed.
+        prompts: in a part, about so many.
+        """
         rng, known = np.random.default_rng(seed), fit.prompts
         groups = np.unique(known.groups)
         members = [np.array(known.markers)[known.groups == group] for group in groups]
         fewest = min(map(len, members))
-        deals = max(1, min(fewest // 2, round(fewest * len(groups) / prompts)))  # a spread needs two of each
         *_, spread = next(pairs_of_groups(table))  # (scenarios,), one for all pairs
         group_of = dict(zip(known.markers, known.groups.tolist(), strict=True))
         parts = []
         for row, scenario in enumerate(known.scenarios):
+            wordings = len(known.of_scenarios([scenario])) / len(known.markers)
+            wanted = round(fewest * len(groups) * wordings / prompts)
+            deals = max(1, min(fewest // 2, wanted))  # a spread needs two of each
             dealt = [np.array_split(rng.permutation(some), deals) for some in members]
             for hands in zip(*dealt, strict=True):
                 drawn = set(np.concatenate(hands).tolist())
@@ -268,6 +274,39 @@ class _Text:
             count += len(hidden)
         model.usage.backward += count
         return torch.stack(parts).sum() / count
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What gates are trained on: lessons in turn and neutral text, prepared once for several trainings in a row.
+
+    Attributes
+    ----------
+    turns: numbers of the parts of the lesson, for ever. rng: of the windows of text.
+    """
+
+    lesson: Lesson
+    text: _Text
+    turns: Iterator[int]
+    rng: np.random.Generator
+
+    @classmethod
+    def prepare(cls, fit: Evaluator, table: Table, prompts: int, seed: int | Sequence[int]) -> Course:
+        """A course on the model as it is; see :meth:`Lesson.prepare`."""
+        lesson, rng = Lesson.prepare(fit, table, prompts, seed), np.random.default_rng(seed)
+        return cls(lesson, _Text.prepare(fit, TEXT_TOKENS), _shuffled(rng, len(lesson.parts)), rng)
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.lesson.fit.model
+
+    def disparity(self) -> Tensor:
+        """Mean over pairs of (gap / spread)^2 in the next part of the lesson."""
+        return self.lesson.loss(self.model, next(self.turns))
+
+    def divergence(self, windows: int) -> Tensor:
+        """KL(unpruned || as it is) in nats per token of some windows, drawn anew."""
+        return self.text.divergence(self.model, self.rng.permutation(len(self.text.tokens))[:windows])
 
 
 def _slices(space: UnitSpace) -> list[slice]:

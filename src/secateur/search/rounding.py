@@ -11,7 +11,7 @@ from secateur.attenuation import Attenuation
 from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.base import Settings
-from secateur.scoring.gates import GateScores, GateTraining
+from secateur.scoring.gates import Course, GateScores, GateTraining
 from secateur.search.base import Problem, Proposals, Selection
 
 OPEN = 0.5
@@ -80,7 +80,7 @@ class Rounding(Settings):
             count, left = round((max(inside, 1) * beyond) ** 0.5), left - 1
             if left < 0 or not inside < count < beyond:
                 break
-        if len(order):
+        if len(order) and self.rounds:
             yield from self._refined(problem, scorer, scores.gates, order, best or min(self.start, len(order)))
 
     def _selection(self, problem: Problem, gates: np.ndarray, closed: np.ndarray, knobs: dict[str, Any]) -> Selection:
@@ -101,12 +101,14 @@ class Rounding(Settings):
         gates = np.where(free, gates, 1.0).astype(np.float32)
         if not self.soft:
             gates[order[:closed]] = 0
-        table, damage = problem.fit.evaluate().table, scorer.damage
+        damage = scorer.damage
+        with problem.localising():
+            # Dealt in another way than in the first training, so that lessons do not repeat themselves.
+            course = Course.prepare(problem.fit, problem.fit.evaluate().table, scorer.prompts, [scorer.seed, 1])
         for number in range(1, self.rounds + 1):
-            with problem.step(f"Train the gates again, round {number}", self.steps) as advance:
+            with problem.localising(), problem.step(f"Train the gates again, round {number}", self.steps) as advance:
                 gates = scorer.train(
-                    problem.fit,
-                    table,
+                    course,
                     gates,
                     self.steps,
                     free=free,
