@@ -326,6 +326,30 @@ def test_evaluator_gives_the_utility_of_a_mask() -> None:
     assert evaluator.kl_divergence(Mask.none(model)) == pytest.approx(0, abs=1e-7)
 
 
+def test_a_measurement_holds_bias_by_scenario_log_perplexity_and_kl() -> None:
+    model = model_of()
+    text = cut(model, TEXT, 50, 30)
+    mask = some_mask(model)
+    before = hidden_states(model, text)
+    with masked(model, mask):
+        after = hidden_states(model, text)
+    expected = kl_divergence(model, before, after)
+    evaluator = Evaluator(model, small_prompts(), text, divergence=True)
+    found = evaluator.evaluate(mask, utility=True)
+    men, women = (found.table.y[:, found.table.groups == group] for group in (0, 1))
+    spread = np.sqrt((men.var(axis=1, ddof=1) + women.var(axis=1, ddof=1)) / 2)
+    np.testing.assert_allclose(found.smd, (men.mean(axis=1) - women.mean(axis=1)) / spread)
+    assert found.nll is not None
+    assert found.log_perplexity == pytest.approx(found.nll.sum() / text.scored.sum())
+    assert found.log_perplexity == pytest.approx(np.log(evaluator.perplexity(mask)))
+    assert found.kl == pytest.approx(expected, rel=1e-4)
+    assert evaluator.evaluate(utility=True).kl == 0
+    assert evaluator.evaluate(mask).log_perplexity is None
+    plain = Evaluator(model, small_prompts(), text).evaluate(mask, utility=True)
+    assert plain.log_perplexity == pytest.approx(found.log_perplexity)
+    assert plain.kl is None
+
+
 @pytest.mark.parametrize("separator", [" ", "\n\n"])
 def test_a_short_text_still_gives_three_parts(separator: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(" ".join(["word"] * 150) + separator + " ".join(["other"] * 150))

@@ -325,8 +325,9 @@ class Evaluator:
     def kl_divergence(self, mask: AnyMask) -> float:
         """KL(unpruned || masked) on the neutral text, nats per token; see ``divergence``."""
         self.evaluate(None, utility=True)
-        self.evaluate(mask, utility=True)
-        return float(self._known[_key(mask)]["kl"])
+        kl = self.evaluate(mask, utility=True).kl
+        assert kl is not None, "this evaluator does not measure KL"
+        return kl
 
     @property
     def _text(self) -> NeutralText:

@@ -158,7 +158,7 @@ class SampledMasks(Settings):
         for number, found in enumerate(part.evaluate_each(masks, advance, utility=True)):
             if found is not None:
                 bias[number] = disparity(found.table)
-                log_perplexity[number] = np.log(part.perplexity(masks[number]))
+                log_perplexity[number] = found.log_perplexity
         known = np.isfinite(bias) & np.isfinite(log_perplexity)
         states, bias, log_perplexity = states[known], bias[known], log_perplexity[known]
         if len(states) < MIN_EVALUATIONS:
