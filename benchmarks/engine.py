@@ -138,7 +138,7 @@ class Bench:
         fast = len(masks) / (time.perf_counter() - start)
         told = "" if not self.slow else f"   {fast / self.slow:5.2f} x naive"
         differences = [
-            max(float(np.abs(engine.y(mask) - y).max()), abs(float(np.log(engine.perplexity(mask))) - loss))
+            max(float(np.abs(engine.y(mask) - y).max()), abs(engine.evaluate(mask, utility=True).log_perplexity - loss))
             for mask, y, loss in self.known
             if mask in masks
         ]
