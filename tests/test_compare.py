@@ -272,7 +272,8 @@ def test_bad_settings_of_a_comparison(
 def test_quick_takes_less_of_everything() -> None:
     quick = CompareSettings(quick=True).reduced()
     assert (quick.max_markers, quick.max_test_markers, quick.utility_tokens, quick.random_draws) == (6, 10, 1536, 5)
-    assert quick.control_prompts == 48
+    assert (quick.control_prompts, quick.max_scenarios) == (48, 10)
+    assert CompareSettings(max_scenarios=3, quick=True).reduced().max_scenarios == 3
     assert CompareSettings(max_markers=3, quick=True).reduced().max_markers == 3
     assert CompareSettings().reduced() == CompareSettings()
 

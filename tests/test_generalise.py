@@ -24,13 +24,16 @@ from secateur.measures.disparity import Interval, Table, compare, p_value
 from secateur.measures.overlap import overlap
 from secateur.measures.splits import split
 from secateur.search.combining import RULES, places
-from secateur.studies import generalise as study
 from secateur.studies import leave_one_out as singles
 from secateur.studies.advice import Use, advise
+from secateur.studies.agreement import per_layer
 from secateur.studies.candidates import Candidates
-from secateur.studies.generalise import GeneraliseSettings, differences, notes, per_layer, relation
+from secateur.studies.fitting import Fitting
+from secateur.studies.generalise import GeneraliseSettings, notes
+from secateur.studies.judging import Judging
 from secateur.studies.parts import Parts
 from secateur.studies.reach import Cell
+from secateur.studies.relations import differences, relation
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined, spaced
 from secateur.units import Mask, UnitSpace
@@ -165,7 +168,7 @@ def test_an_interrupted_run_carries_on(
 @contextmanager
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> Iterator[None]:
     """Let studies be interrupted when they come to a fit, while the context lasts."""
-    fit, calls = study._Study._fit, iter(range(1, 100))
+    fit, calls = Fitting._fit, iter(range(1, 100))
 
     def interrupted(self: Any, *arguments: Any, **options: Any) -> None:
         if next(calls) == fit_number:
@@ -173,7 +176,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> Iterator
         fit(self, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(study._Study, "_fit", interrupted)
+        patched.setattr(Fitting, "_fit", interrupted)
         yield
 
 
@@ -216,7 +219,7 @@ def test_a_fit_with_other_settings_of_its_method_is_made_again(
 def test_answers_that_are_not_finite_leave_a_pair_out(
     tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, fit = Evaluator.evaluate, study._Study._fit
+    measure, fit = Evaluator.evaluate, Fitting._fit
 
     def failing(self: Evaluator, mask: Any = None, *rest: Any, **options: Any) -> Any:
         if (getattr(mask, "fitted_on", None), self.prompts.suite.name) == ("one", "two"):
@@ -229,7 +232,7 @@ def test_answers_that_are_not_finite_leave_a_pair_out(
             object.__setattr__(self.masks[chosen.name, source], "fitted_on", source)
 
     monkeypatch.setattr(Evaluator, "evaluate", failing)
-    monkeypatch.setattr(study._Study, "_fit", marking)
+    monkeypatch.setattr(Fitting, "_fit", marking)
     outcome = run(call, tmp_path, output, count=2)
     assert outcome.status == 0
     result = json.loads((output / "generalise.json").read_text())
@@ -290,7 +293,7 @@ def test_random_masks_are_compared_on_what_the_cell_is_judged_on(
 
     There is no repair for "two", and random masks are judged there all the same; of its scenarios, "one" has seen two.
     """
-    fit, unseen = study._Study._fit, study._Study._unseen
+    fit, unseen = Fitting._fit, Judging._unseen
 
     def only_one(self: Any, chosen: Any, source: str, *rest: Any, **options: Any) -> None:
         fit(self, chosen, source, *rest, **options)
@@ -301,9 +304,9 @@ def test_random_masks_are_compared_on_what_the_cell_is_judged_on(
         rows, keep = unseen(self, source, target)
         return (rows if source == target.name else rows[2:]), keep
 
-    monkeypatch.setattr(study._Study, "_fit", only_one)
-    monkeypatch.setattr(study._Study, "_unseen", fewer)
-    monkeypatch.setattr(study._Study, "_random_masks", lambda _, masks: masks[:1])
+    monkeypatch.setattr(Fitting, "_fit", only_one)
+    monkeypatch.setattr(Judging, "_unseen", fewer)
+    monkeypatch.setattr(Judging, "_random_masks", lambda _, masks: masks[:1])
     made = [document("one"), document("two", "Well. ")]
     result = secateur.generalise(
         secateur.load(save_model(tmp_path / "model", PASSING), device="cpu"),
@@ -328,10 +331,10 @@ def test_random_masks_have_the_size_of_the_largest_repair_that_is_judged() -> No
     def mask(*removed: int) -> Mask:
         return Mask(space, ~np.isin(np.arange(len(space)), removed), "model")
 
-    asked = SimpleNamespace(settings=GeneraliseSettings(random_draws=2))
-    drawn = study._Study._random_masks(asked, [mask(4), mask(1, 5, 6), mask(6, 7, 8, 9)])
+    asked = SimpleNamespace(random_draws=2, _seed=0)
+    drawn = Judging._random_masks(asked, [mask(4), mask(1, 5, 6), mask(6, 7, 8, 9)])
     assert [(one.heads_removed, one.neurons_removed) for one in drawn] == [(1, 2)] * 2  # a head is more than a neuron
-    assert study._Study._random_masks(asked, []) == []
+    assert Judging._random_masks(asked, []) == []
 
 
 # Parts of it
@@ -504,8 +507,8 @@ def test_advice_is_given_by_family() -> None:
         at = number[target.name]
         return replace(use(at, 2.0, table(0.1, at), [table(shared, at)] * 2), name=target.name)
 
-    known = SimpleNamespace(suites=asked, settings=GeneraliseSettings(), notes=[], _use=judged)
-    advice = {one.family: one for one in study._Study.advice(known, "attribution")}
+    known = SimpleNamespace(fitted=SimpleNamespace(suites=asked), _seed=0, notes=[], _use=judged)
+    advice = {one.family: one for one in Judging.advice(known, "attribution")}
     assert {name: one.choice for name, one in advice.items()} == {
         "race (en)": "one repair per use",
         "gender (en)": "repairs can be shared",

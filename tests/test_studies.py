@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from secateur.reports.html import render_audit
 from secateur.reports.terminal import audit_summary
 from secateur.studies.audit import SampledCheck
 from secateur.studies.candidates import CandidateRecord, why_nothing
-from secateur.studies.parts import folds
+from secateur.studies.parts import fold_number, folds
 from secateur.studies.verdict import judge
 from secateur.suites import load_suite
 
@@ -545,11 +546,21 @@ def test_why_nothing() -> None:
     assert "No candidate within the perplexity limit of 2% (1 of 2) lowers the bias" in useless
 
 
-@pytest.mark.parametrize(("scenarios", "markers", "expected"), [(13, 60, 6), (13, 28, 3), (2, 10, 1), (3, 400, 3)])
-def test_folds_share_out_the_scenarios(tmp_path: Path, scenarios: int, markers: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("scenarios", "tokens", "expected"), [(13, 12_000, 6), (13, 90_000, 6), (13, 900, 0), (3, 9_000, 1)]
+)
+def test_folds_hold_two_scenarios_and_some_two_thousand_tokens(scenarios: int, tokens: int, expected: int) -> None:
+    batches = [SimpleNamespace(tokens=tokens // 4)] * 4
+    fit = SimpleNamespace(batches=batches, prompts=SimpleNamespace(scenarios=list(range(scenarios))))
+    assert fold_number(fit) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("scenarios", "number", "expected"), [(13, 6, 6), (13, 1, 1), (2, 0, 1), (3, 9, 3)])
+def test_folds_share_out_the_scenarios(tmp_path: Path, scenarios: int, number: int, expected: int) -> None:
+    markers = 10
     groups = np.repeat([0, 1], markers)
     prompts = tuple(Prompt(s, 0, m, (1,), ((2,), (3,))) for s in range(scenarios) for m in range(2 * markers))
-    parts = folds(PromptSet(load_suite(write_suite(tmp_path)), prompts, tuple(range(2 * markers)), groups))
+    parts = folds(PromptSet(load_suite(write_suite(tmp_path)), prompts, tuple(range(2 * markers)), groups), number)
     assert len(parts) == expected
     assert sorted(scenario for part in parts for scenario in part.scenarios) == list(range(scenarios))
     assert all(len(part) == len(part.scenarios) * 2 * markers for part in parts)

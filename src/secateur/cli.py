@@ -326,11 +326,13 @@ def generalise(
     max_perplexity_increase: Limit = 0.02,
     ablation: Ablation = "zero",
     utility_text: UtilityText = None,
-    utility_tokens: UtilityTokens = 6144,
+    utility_tokens: UtilityTokens = 3072,
     max_markers: MaxMarkers = 0,
     max_test_markers: Annotated[int, typer.Option(help="Markers per group in test; 0 for all.")] = 0,
-    max_scenarios: Annotated[int, typer.Option(help="Scenarios of every suite, evenly spaced; 0 for all.")] = 0,
-    random_draws: Annotated[int, typer.Option(help="Random masks of a choice's size, judged where it was made.")] = 3,
+    max_scenarios: Annotated[int, typer.Option(help="Scenarios of every suite, evenly spaced; 0 for all.")] = 6,
+    random_draws: Annotated[
+        int, typer.Option(help="Random masks of the largest repair's size, judged on every suite.")
+    ] = 3,
     scenarios_left_out: Annotated[
         int, typer.Option(help="Scenarios of a suite to judge in the modes specific and within; 0 for all.")
     ] = 6,
@@ -352,7 +354,8 @@ def generalise(
     import secateur
     from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, generalise_lines, generalise_tables
-    from secateur.studies.generalise import MODES, check_suites
+    from secateur.studies.generalise import check_suites
+    from secateur.studies.relations import MODES
 
     told: dict[str, Any] = {
         "methods": _listed(methods),

@@ -44,6 +44,11 @@ class Family:
     heads_shrink: bool = True
     tree: bool = True
 
+    @property
+    def attention(self) -> str:
+        """The attention module, which holds the output projection, relative to a block."""
+        return self.attention_out.rpartition(".")[0]
+
 
 LLAMA_LIKE = Family()
 GPT_NEOX_LIKE = Family(

@@ -101,7 +101,7 @@ def head_blocks(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor, Tenso
     shared = heads // groups
     head = torch.arange(heads)
     group = head // shared
-    attention = model.blocks[layer].get_submodule(model.family.attention_out.rpartition(".")[0])
+    attention = model.blocks[layer].get_submodule(model.family.attention)
     if hasattr(attention, "kv_head_of"):  # a compact checkpoint's groups may differ in size
         group = torch.tensor(attention.kv_head_of)
     if model.model.config.model_type in GROUPED_PROJECTIONS:

@@ -248,7 +248,7 @@ def attention_weights(model: LanguageModel) -> Iterator[list[Tensor]]:
 
     config = model.model.config
     before = config._attn_implementation
-    path = model.family.attention_out.rpartition(".")[0]
+    path = model.family.attention
     with ExitStack() as changes:
         # The setting is read at every call, also by the families for which transformers' own switch refuses.
         changes.callback(setattr, config, "_attn_implementation", before)

@@ -30,6 +30,7 @@ RANDOM = "random"
 DRAWS = 20
 QUICK_MARKERS = 6
 QUICK_TEST_MARKERS = 10
+QUICK_SCENARIOS = 10
 QUICK_TOKENS = 1536
 QUICK_CONTROL_PROMPTS = 48
 QUICK_DRAWS = 5
@@ -77,6 +78,7 @@ class CompareSettings(StudySettings):
             self,
             max_markers=min(self.max_markers or QUICK_MARKERS, QUICK_MARKERS),
             max_test_markers=min(self.max_test_markers or QUICK_TEST_MARKERS, QUICK_TEST_MARKERS),
+            max_scenarios=min(self.max_scenarios or QUICK_SCENARIOS, QUICK_SCENARIOS),
             utility_tokens=min(self.utility_tokens or QUICK_TOKENS, QUICK_TOKENS),
             control_prompts=min(self.control_prompts, QUICK_CONTROL_PROMPTS),
             random_draws=QUICK_DRAWS if self.random_draws is None else self.random_draws,

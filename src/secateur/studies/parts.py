@@ -26,7 +26,8 @@ from secateur.suites import Suite, load_suite
 from secateur.suites.joining import spaced
 from secateur.units import ActivationMeans, check_ablation
 
-FOLD_PROMPTS = 256
+# Tokens of prompts in a fold; two scenarios at least, so that a round does not go by one alone.
+FOLD_TOKENS = 2048
 LEAST = {
     "batch_size": 1,
     "masks_at_once": 1,
@@ -161,16 +162,17 @@ class Parts:
         if settings.control_suite is not None:
             asked = load_suite(settings.control_suite)
             prompts = build_prompts(model, asked, split(asked, settings.seed).test, settings.chat)
-            control = evaluator(folds(prompts, settings.control_prompts)[0])
+            control = evaluator(folds(prompts, round(len(prompts) / settings.control_prompts))[0])
         asked_of = spaced(len(suite.scenarios), settings.max_scenarios)
         fit, select, test = (
             build_prompts(model, suite, part, settings.chat).of_scenarios(asked_of)
             for part in (splits.fit, splits.select, splits.test)
         )
+        whole = evaluator(fit, text["fit"])
         return cls(
             splits=splits,
-            fit=evaluator(fit, text["fit"]),
-            folds=[evaluator(fold, text["fit"]) for fold in folds(fit)],
+            fit=whole,
+            folds=[evaluator(fold, text["fit"]) for fold in folds(fit, fold_number(whole))],
             select=evaluator(select, text["select"]),
             test=evaluator(test, text["test"], divergence=True),
             control=control,
@@ -209,7 +211,13 @@ class Parts:
         )
 
 
-def folds(prompts: PromptSet, size: int = FOLD_PROMPTS) -> list[PromptSet]:
-    """Deal the scenarios of a set into folds of about ``size`` prompts each."""
-    number = min(len(prompts.scenarios), max(1, round(len(prompts) / size)))
+def fold_number(fit: Evaluator) -> int:
+    """How many folds of about :data:`FOLD_TOKENS` tokens, and of at least two scenarios, the fit part gives."""
+    tokens = sum(batch.tokens for batch in fit.batches)
+    return min(len(fit.prompts.scenarios) // 2, round(tokens / FOLD_TOKENS))
+
+
+def folds(prompts: PromptSet, number: int) -> list[PromptSet]:
+    """Deal the scenarios of a set into folds, one at least and at most as many as there are scenarios."""
+    number = min(len(prompts.scenarios), max(1, number))
     return [prompts.of_scenarios(prompts.scenarios[i::number]) for i in range(number)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from secateur.measures.overlap import Overlap
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
+from secateur.studies.relations import Relation
 from secateur.suites import Suite
 
 GENERALISE_FORMAT = "secateur-generalise-3"
-Relation = Literal["own", "across", "attributes", "languages", "joint", "random"]
 
 
 @dataclass(frozen=True)

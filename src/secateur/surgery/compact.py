@@ -44,7 +44,7 @@ def write_compact(model: LanguageModel, mask: AnyMask, directory: str | Path, sh
     shrink(model, state, layers)
     sizes = {
         "blocks": family.blocks,
-        "attention": family.attention_out.rpartition(".")[0],
+        "attention": family.attention,
         "width": family.width,
         "head_dim": space.head_dim,
         "layers": [

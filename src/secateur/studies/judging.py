@@ -1,0 +1,247 @@
+"""Judge what was fitted on one suite on the test parts of all, and advise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from secateur.measures.disparity import Interval, Table, compare, holm, p_value, suite_bias
+from secateur.measures.disparity import reduction as reduction_of
+from secateur.measures.splits import NOTHING_SEEN
+from secateur.studies.advice import Advice, Use, advise
+from secateur.studies.fitting import ALL_BUT, Fitting
+from secateur.studies.reach import Cell
+from secateur.studies.relations import Mode, Relation, differences, family_of, relation
+from secateur.suites import Suite
+from secateur.weights import AnyMask, WeightMask
+
+LEAST_TO_JUDGE = 5  # markers of every group, unless the whole test part has fewer
+
+
+@dataclass(eq=False)
+class Judging:
+    """Masks on the test parts of suites that they were not fitted on.
+
+    Attributes
+    ----------
+    modes: which pairs of suites are looked at. random_draws: random masks judged on every target.
+    after: y on the test part of a target, by method, source and target.
+    notes: what could not be judged, in sentences.
+    """
+
+    fitted: Fitting
+    modes: Sequence[Mode]
+    random_draws: int
+    after: dict[tuple[str, str, str], Table] = field(init=False, default_factory=dict)
+    notes: list[str] = field(init=False, default_factory=list)
+
+    @property
+    def _seed(self) -> int:
+        return self.fitted.settings.seed
+
+    def judge(self, name: str) -> list[Cell]:
+        """Every mask of a method on every target that the modes are about, and random masks beside them."""
+        cells = []
+        for target in self.fitted.suites:
+            judged = self._judged(name, target)
+            masks = [self.fitted.masks[name, source] for source, _ in judged]
+            measured = self._measured(name, target, masks + self._random_masks(masks))
+            random = [after for after in measured[len(masks) :] if after is not None]
+            for (source, how), after in zip(judged, measured, strict=False):
+                if after is None:
+                    self.notes.append(
+                        f"{name}: under the repair for {source}, answers to {target.name} are not finite."
+                    )
+                    continue
+                self.after[name, source, target.name] = after
+                cells.append(self._cell(name, source, target, how, random))
+            cells += [self._random_cell(name, target, random)] if random else []
+        return cells
+
+    def _judged(self, name: str, target: Suite) -> list[tuple[str, Relation]]:
+        """The sources with a repair whose effect on a target can be judged; named are those that have seen too much."""
+        judged = []
+        for source, how in self._sources(target):
+            if (name, source) not in self.fitted.masks:
+                continue
+            if self._enough(target, *self._unseen(source, target)):
+                judged.append((source, how))
+            else:
+                self.notes.append(
+                    f"{name}: a repair for {source} has seen too many markers or wordings of {target.name} to be "
+                    "judged there; the pair is left out."
+                )
+        return judged
+
+    def _random_masks(self, masks: list[AnyMask]) -> list[AnyMask]:
+        """Random masks like the largest of some: what removes as much as any of them, and knows nothing of bias."""
+        if not masks:
+            return []
+        largest = max(masks, key=_share)
+        rng = np.random.default_rng(self._seed + 1)
+        return [largest.random_like(rng) for _ in range(self.random_draws)]
+
+    def _measured(self, name: str, target: Suite, masks: list[AnyMask]) -> list[Table | None]:
+        """y on the test part of a target under masks; None where it is not finite."""
+        test = self.fitted.parts[target.name].test
+        with self.fitted.recorder.step(
+            f"{name} on {target.name}: {len(masks)} masks", len(masks) * test.work()
+        ) as advance:
+            return [None if found is None else found.table for found in test.evaluate_each(masks, advance)]
+
+    def _sources(self, target: Suite) -> list[tuple[str, Relation]]:
+        """The sources whose repairs a target is judged under."""
+        asked: list[tuple[str, Relation]] = []
+        for suite in self.fitted.suites:
+            how = relation(suite, target)
+            if how == "own" or how in self.modes:
+                asked.append((suite.name, how))
+        if any(one.name == target.name for one, _ in self.fitted.joint):
+            asked.append((ALL_BUT + target.name, "joint"))
+        return asked
+
+    def _cell(self, name: str, source: str, target: Suite, how: Relation, random: list[Table]) -> Cell:
+        """One cell; random masks are compared on what it is judged on, too."""
+        rows, keep = self._unseen(source, target)
+        fit = self.fitted.fits[name, source]
+        before = _cut(self._before(target), rows, keep)
+        found = compare(before, _cut(self.after[name, source, target.name], rows, keep), self._seed)
+        home = next((suite for suite in self.fitted.suites if suite.name == source), None)
+        return Cell(
+            method=name,
+            source=source,
+            target=target.name,
+            relation=how,
+            differs=() if home is None else differences(home, target),
+            markers=int(keep.sum()),
+            scenarios=len(rows),
+            before=found.before,
+            after=found.after,
+            reduction=found.reduction,
+            change=found.change,
+            perplexity_increase=fit.perplexity_increase,
+            over_limit=fit.over_limit,
+            largest_random=self._largest_reduction(before, [_cut(after, rows, keep) for after in random]),
+        )
+
+    def _largest_reduction(self, before: Table, afters: list[Table]) -> float | None:
+        """The largest reduction of B under several masks; None without any."""
+        left = [suite_bias(after, self._seed).corrected for after in afters]
+        return float(reduction_of(suite_bias(before, self._seed).corrected, min(left))) if left else None
+
+    def _random_cell(self, name: str, target: Suite, tables: list[Table]) -> Cell:
+        """Mean over random masks on the whole test part, with the smallest and the largest in place of an interval."""
+        before = self._before(target)
+        found = [compare(before, table, self._seed) for table in tables]
+
+        def spread(values: list[float]) -> Interval:
+            return Interval(float(np.mean(values)), min(values), max(values))
+
+        return Cell(
+            method=name,
+            source="random masks",
+            target=target.name,
+            relation="random",
+            differs=(),
+            markers=len(before.groups),
+            scenarios=len(before.y),
+            before=found[0].before,
+            after=spread([one.after.value for one in found]),
+            reduction=spread([one.reduction.value for one in found]),
+            change=spread([one.change.value for one in found]),
+        )
+
+    def _before(self, target: Suite) -> Table:
+        return self.fitted.parts[target.name].test.evaluate().table
+
+    def _unseen(self, source: str, target: Suite) -> tuple[list[int], np.ndarray]:
+        """What a source has neither fitted nor chosen by: rows of the target's scenarios; bool (markers,)."""
+        prompts, names = self.fitted.parts[target.name].test.prompts, target.markers
+        seen = NOTHING_SEEN if source == target.name else self.fitted.seen[source]
+        keep = np.array([names[marker] not in seen.markers for marker in prompts.markers])
+        dealt = self.fitted.parts[target.name].splits.test.paraphrases
+        rows = [
+            row
+            for row, number in enumerate(prompts.scenarios)
+            if not seen.wordings & {target.scenarios[number].paraphrases[one].text for one in dealt[number]}
+        ]
+        return rows, keep
+
+    def _enough(self, target: Suite, rows: list[int], keep: np.ndarray) -> bool:
+        """Whether scenarios and markers are left to judge on."""
+        groups = self._before(target).groups
+        each = [(int((keep & (groups == group)).sum()), int((groups == group).sum())) for group in np.unique(groups)]
+        return bool(rows) and all(kept >= min(LEAST_TO_JUDGE, whole) for kept, whole in each)
+
+    def advice(self, name: str) -> list[Advice]:
+        """For every family of uses: repairs of their own, or shared ones."""
+        uses = {target.name: self._use(name, target) for target in self.fitted.suites}
+        left_out = [target for target, use in uses.items() if use is None]
+        if left_out:
+            self.notes.append(
+                f"{name}: not in the advice, for want of markers and wordings that no repair has seen: "
+                f"{', '.join(left_out)}."
+            )
+        families: dict[str, list[Use]] = {}
+        for target in self.fitted.suites:
+            use = uses[target.name]
+            families.setdefault(family_of(target), []).extend([] if use is None else [use])
+        return [advise(name, one, inside, self._seed) for one, inside in families.items()]
+
+    def _use(self, name: str, target: Suite) -> Use | None:
+        """A suite with its own and shared repairs, side by side on what none has seen; None where that is too little.
+
+        A repair that breaks the utility limit, or under which answers are not finite, is none.
+        """
+        sources = [one for one in self._sources(target) if one[1] in ("joint", "across")]
+        joint = [source for source, how in sources if how == "joint"]
+        shared = joint or [source for source, _ in sources]
+        unseen = [self._unseen(source, target) for source in (target.name, *shared)]
+        rows = sorted(set.intersection(*(set(rows) for rows, _ in unseen)))
+        keep = np.all([keep for _, keep in unseen], axis=0)
+        if not self._enough(target, rows, keep):
+            return None
+
+        def under(source: str) -> Table | None:
+            after = self.after.get((name, source, target.name))
+            usable = after is not None and not self.fitted.fits[name, source].over_limit
+            return _cut(after, rows, keep) if after is not None and usable else None
+
+        return Use(
+            name=target.name,
+            markers=self._marker_names(target, keep),
+            before=_cut(self._before(target), rows, keep),
+            own=under(target.name),
+            shared=[under(source) for source in shared],
+            joint=bool(joint),
+        )
+
+    def _marker_names(self, target: Suite, keep: np.ndarray) -> tuple[str, ...]:
+        """Some test markers of a target, each with its group."""
+        flat = [f"{group}: {marker}" for group, markers in target.groups.items() for marker in markers]
+        asked = np.array(self.fitted.parts[target.name].test.prompts.markers)
+        return tuple(flat[marker] for marker in asked[keep])
+
+
+def _cut(table: Table, rows: list[int], keep: np.ndarray) -> Table:
+    """Some scenarios and markers of a table."""
+    return table.of_scenarios(rows).of_markers(keep)
+
+
+def _share(mask: AnyMask) -> float:
+    """How much of a model a mask takes away, to tell the larger of two masks of one method."""
+    if isinstance(mask, WeightMask):
+        return mask.weights_removed
+    return mask.heads_removed / mask.space.n_heads + mask.neurons_removed / mask.space.n_neurons
+
+
+def with_holm(cells: list[Cell]) -> list[Cell]:
+    """Cells with p-values corrected for all of them; random masks are no tests."""
+    tested = [number for number, cell in enumerate(cells) if cell.relation != "random"]
+    adjusted = holm(np.array([p_value(cells[number].change) for number in tested]))
+    corrected = list(cells)
+    for number, p in zip(tested, adjusted, strict=True):
+        corrected[number] = replace(cells[number], p_holm=float(p))
+    return corrected
