@@ -164,11 +164,20 @@ def main() -> None:
     search = {"evaluations": options.evaluations, **draw}
     told: dict[str, dict[str, Any]] = {
         "annealing": {**search, "finalists": PROPOSALS},
-        "attention-pruning": {**search, "finalists": PROPOSALS // 4},
-        "fasp": {
-            "seeds": max(1, options.evaluations // heads), "scenarios": EVERYTHING, "window_tokens": WINDOW, **draw,
+        "attention-pruning": {
+            **search,
+            "evaluations": options.evaluations - PROPOSALS,  # its finalists are measured, too
+            "finalists": PROPOSALS // 4,
+            "proposed": PROPOSALS // 4,
+            "window_tokens": WINDOW,
         },
-    }  # fmt: skip
+        "fasp": {
+            "seeds": max(1, options.evaluations // heads),
+            "scenarios": EVERYTHING,
+            "window_tokens": WINDOW,
+            **draw,
+        },
+    }
     for pair in options.set:
         setting, value = pair.split("=", 1)
         name, key = setting.split(".", 1)

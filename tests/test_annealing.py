@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_an_energy_without_rises_does_not_stop_the_chains() -> None:
 
 # Attention-pruning
 
-SMALL = SampledMasks(evaluations=12, most=3, markers=2, windows=1)
+SMALL = SampledMasks(evaluations=12, most=3, markers=2, windows=1, window_tokens=60)
 
 
 @pytest.mark.parametrize(("pruned", "mean"), [(False, False), (True, False), (False, True)])
@@ -214,7 +215,7 @@ def test_sampled_masks_are_measured_as_plain_evaluations_do(pruned: bool, mean: 
     prompts = PromptDraw.stratified(fit.prompts, 2, None, 0).of(fit.prompts)
     assert prompts.scenarios == fit.prompts.scenarios
     assert fit.text is not None
-    plain = Evaluator(fit.model, prompts, fit.text.first(1))
+    plain = Evaluator(fit.model, prompts, fit.text.first(1, 60))
     for removed, bias, log_perplexity in zip(scores.removed, scores.bias, scores.log_perplexity, strict=True):
         alone = Mask.removing(fit.model, np.flatnonzero(removed), means)
         both = alone if mask is None else mask & alone
@@ -249,7 +250,7 @@ def test_the_best_distinct_states_are_proposed_in_the_order_of_their_energy() ->
 def test_proposals_keep_to_the_bounds_and_come_once() -> None:
     fit = fit_of()
     problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None))
-    search = SurrogateAnnealing(chains=20, steps=50, finalists=3)
+    search = SurrogateAnnealing(chains=20, steps=50, finalists=3, proposed=3)
     proposals = search.proposals(problem, SMALL)
     found = [next(proposals)]
     with suppress(StopIteration):
@@ -265,3 +266,36 @@ def test_proposals_keep_to_the_bounds_and_come_once() -> None:
 def test_a_model_of_few_heads_gets_at_least_one_removed() -> None:
     assert SampledMasks().bounds(tiny_model()) == (1, 1)
     assert SampledMasks(least=2).bounds(tiny_model()) == (2, 2)
+
+
+def test_of_the_finalists_those_go_on_that_measure_best_and_search_is_what_is_forwarded() -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None))
+    search = SurrogateAnnealing(epsilon=0.9, chains=20, steps=50, finalists=4, proposed=2)
+    before = fit.model.usage.forward
+    found = list(search.proposals(problem, SMALL))
+    assert problem.localise_tokens == fit.model.usage.forward - before
+    scores = SMALL.score(fit)
+    every = SurrogateAnnealing(epsilon=0.9, chains=20, steps=50, finalists=4, proposed=4)
+    others = [one.removed for one in every.proposals(problem, SMALL)]
+    bias, log_perplexity = SMALL.measure(fit, [problem.mask(removed) for removed in others])
+    energy = 0.9 * bias / scores.bias.std() + 0.1 * log_perplexity / scores.log_perplexity.std()
+    best = [others[number].tolist() for number in np.argsort(energy)[:2]]
+    assert [one.removed.tolist() for one in found] == best
+
+
+def test_finalists_without_finite_answers_are_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None))
+    search = SurrogateAnnealing(epsilon=0.9, chains=20, steps=50, finalists=3, proposed=3)
+    measure = SampledMasks.measure
+
+    def some(self: SampledMasks, fit: Evaluator, masks: Sequence[Mask], *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        bias, log_perplexity = measure(self, fit, masks, *rest)
+        if len(masks) <= 3:
+            bias[0] = np.nan
+        return bias, log_perplexity
+
+    whole = [one.removed.tolist() for one in search.proposals(problem, SMALL)]
+    monkeypatch.setattr(SampledMasks, "measure", some)
+    assert len(list(search.proposals(problem, SMALL))) == len(whole) - 1

@@ -15,6 +15,7 @@ network per figure from the 0/1 vector of heads, and search on the networks (see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -94,7 +95,7 @@ class SampledMasks(Settings):
     evaluations: masks to measure; 280 with the finalists of the search make 300. Ours.
     least, most: bounds on the number of removed heads; None for ``most`` stands for 5 % of all heads. Ours.
     markers: of each group in the draw of prompts, from all scenarios. Ours.
-    windows: of the neutral text. Ours.
+    windows: of the neutral text. window_tokens: tokens that are read of each. Ours.
     seed: of the draws and of the networks; that of the study unless it is set.
     """
 
@@ -104,6 +105,7 @@ class SampledMasks(Settings):
     most: Annotated[int | None, Field(ge=1)] = None
     markers: Annotated[int, Field(ge=2)] = 4
     windows: Annotated[int, Field(ge=1)] = 2
+    window_tokens: Annotated[int, Field(ge=2)] = 128
     seed: Annotated[int, Field(ge=0)] = 0
 
     def cheaper(self) -> dict[str, Any]:
@@ -146,19 +148,13 @@ class SampledMasks(Settings):
         ----------
         means: for mean ablation: what a removed head gives instead of zero.
         """
-        model, part = fit.model, self._part(fit)
+        model = fit.model
         space, bounds = UnitSpace.of(model), self.bounds(model)
         generator = torch.Generator().manual_seed(self.seed)
         states = draw_states(space.n_heads, bounds, self.evaluations, generator).numpy()
         drawn = [Mask.removing(model, np.flatnonzero(state), means) for state in states]
-        order = walking_order(drawn)
-        states, drawn = states[order], [drawn[number] for number in order]
         masks = drawn if mask is None else [mask & one for one in drawn]
-        bias, log_perplexity = np.full(len(masks), np.nan), np.full(len(masks), np.nan)
-        for number, found in enumerate(part.evaluate_each(masks, advance, utility=True)):
-            if found is not None:
-                bias[number] = disparity(found.table)
-                log_perplexity[number] = found.log_perplexity
+        bias, log_perplexity = self.measure(fit, masks, advance)
         known = np.isfinite(bias) & np.isfinite(log_perplexity)
         states, bias, log_perplexity = states[known], bias[known], log_perplexity[known]
         if len(states) < MIN_EVALUATIONS:
@@ -173,9 +169,22 @@ class SampledMasks(Settings):
             n_neurons=space.n_neurons,
         )
 
+    def measure(
+        self, fit: Evaluator, masks: Sequence[Mask], advance: Advance = lambda _: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """D and log-perplexity, nats per token, on the draw, both (masks,); NaN where answers are not finite."""
+        part, order = self._part(fit), walking_order(masks)
+        figures = np.full((2, len(masks)), np.nan)
+        measured = part.evaluate_each([masks[number] for number in order], advance, utility=True)
+        for number, found in zip(order, measured, strict=True):
+            if found is not None:
+                assert found.log_perplexity is not None
+                figures[:, number] = disparity(found.table), found.log_perplexity
+        return figures[0], figures[1]
+
     def _part(self, fit: Evaluator) -> Evaluator:
         """The draw of prompts and text that masks are measured on."""
         assert fit.text is not None, "attention-pruning needs neutral text"
         prompts = PromptDraw.stratified(fit.prompts, self.markers, None, self.seed).of(fit.prompts)
-        text = fit.text.first(self.windows)
+        text = fit.text.first(self.windows, self.window_tokens)
         return fit.on(prompts, text, walk=True)

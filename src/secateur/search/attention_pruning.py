@@ -27,7 +27,9 @@ class SurrogateAnnealing(Settings):
     chains, steps: parallel chains, and flips in each; one head flips per step. Ours.
     cooling: "logarithmic", T0 / ln(2 + i), as published, or "geometric".
     acceptance: share of a random walk's moves that T0 accepts; .75 as published.
-    finalists: states per epsilon that are measured on the model, the lowest energy first. Ours.
+    finalists: states per epsilon that are measured on the model, on the same draw as the sampled masks, those of the
+        lowest predicted energy. Ours.
+    proposed: of these, how many are measured on select, those of the lowest measured energy. Ours.
 
     The number of removed heads stays within the bounds of the sampled masks, outside of which a surrogate has seen
     nothing.
@@ -39,6 +41,7 @@ class SurrogateAnnealing(Settings):
     cooling: Cooling = "logarithmic"
     acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.75
     finalists: Annotated[int, Field(ge=1)] = 5
+    proposed: Annotated[int, Field(ge=1)] = 1
 
     def cheaper(self) -> dict[str, Any]:
         return {"chains": 200, "steps": 2000, "finalists": 2}
@@ -47,7 +50,7 @@ class SurrogateAnnealing(Settings):
         """Every model will do."""
 
     def proposals(self, problem: Problem, scorer: SampledMasks) -> Proposals:
-        """The finalists of every epsilon; equal masks are proposed once."""
+        """The best finalists of every epsilon; equal masks are measured and proposed once."""
         scores: SurrogateScores = problem.score(scorer)
         seen: set[tuple[int, ...]] = set()
         for epsilon in EPSILONS if self.epsilon is None else (self.epsilon,):
@@ -65,10 +68,21 @@ class SurrogateAnnealing(Settings):
                     seed=scorer.seed,
                     advance=advance,
                 )
-            for removed in best_states(found, self.finalists):
-                if tuple(removed) not in seen:
-                    seen.add(tuple(removed))
-                    yield Selection("heads", np.array(removed), {"epsilon": epsilon})
+            finalists = [state for state in best_states(found, self.finalists) if tuple(state) not in seen]
+            seen.update(map(tuple, finalists))
+            for removed in self._measured_best(problem, scorer, finalists, weights):
+                yield Selection("heads", np.array(removed), {"epsilon": epsilon})
+
+    def _measured_best(
+        self, problem: Problem, scorer: SampledMasks, finalists: list[list[int]], weights: tuple[float, float]
+    ) -> list[list[int]]:
+        """The finalists of the lowest energy as measured on the draw."""
+        masks = [problem.mask(removed) for removed in finalists]
+        work = scorer.work(problem.fit) // scorer.evaluations * len(masks)
+        with problem.localising(), problem.step("Measure the finalists", work) as advance:
+            bias, log_perplexity = scorer.measure(problem.fit, masks, advance)
+        energy = weights[0] * bias + weights[1] * log_perplexity
+        return [finalists[number] for number in np.argsort(energy)[: self.proposed] if np.isfinite(energy[number])]
 
 
 def best_states(found: Annealed, count: int) -> list[list[int]]:
