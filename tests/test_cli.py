@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from command import REPAIR, Command, Outcome, save_model, small_suite, write_suite, write_text
+from rich.console import Console
 from tiny import tiny_model
 
 import secateur
-from secateur.suites import suite_names
+from secateur.reports.terminal import suites_table
+from secateur.suites import load_suite, suite_names
 
 
 @pytest.fixture(scope="module")
@@ -569,6 +572,14 @@ def test_suites(call: Command) -> None:
     for name in suite_names():
         assert name in outcome.out
     assert "(control)" in outcome.out
+
+
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+def test_names_of_suites_are_whole_at_any_width(width: str) -> None:
+    table = suites_table([load_suite(name) for name in suite_names()])
+    page = io.StringIO()
+    Console(file=page, width=int(width)).print(table)
+    assert all(f" {name} " in page.getvalue() for name in suite_names())
 
 
 def test_suites_show(call: Command) -> None:

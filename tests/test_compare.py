@@ -302,6 +302,9 @@ def test_localise_writes_scores_and_the_first_units(tmp_path: Path, output: Path
     for row in rows:
         flat = space.flat(secateur.Unit(row["kind"], int(row["layer"]), int(row["index"])))  # type: ignore[arg-type]
         assert float(row["rank"]) == pytest.approx(scores["rank"][flat], rel=1e-5)
+    shown = call("show", output).out
+    assert f"scored by {name}" in shown
+    assert f"1 {rows[0]['kind']} {rows[0]['layer']}.{rows[0]['index']}" in shown
 
 
 def test_methods_lists_them_all(call: Command) -> None:

@@ -395,6 +395,7 @@ def show_lines(directory: Path) -> list[str]:
         "audit.json": _audit_lines,
         "compare.json": _compare_lines,
         "generalise.json": _generalise_lines,
+        "localise.json": _localise_lines,
         "verify.json": verification_lines,
         "partial.json": _partial_lines,
     }
@@ -407,6 +408,21 @@ def show_lines(directory: Path) -> list[str]:
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"'{file}' is not a Secateur result, or is damaged.") from error
     raise DataError(f"'{directory}' holds no result of Secateur.")
+
+
+def _localise_lines(result: dict[str, Any]) -> list[str]:
+    units = result["units"]
+    lines = [
+        f"{result['model']}, suite {result['suite']}: {result['scored']:,} of {units['heads']:,} heads and "
+        f"{units['neurons']:,} neurons scored by {result['method']}",
+        *result["notes"],
+        "First in the order of removal:",
+    ]
+    names = [name for name in (result["top"] or [{}])[0] if name not in ("place", "kind", "layer", "index", "rank")]
+    for row in result["top"]:
+        figures = ", ".join(f"{name} {row[name]:.4g}" for name in names)
+        lines.append(f"{row['place']:>3}  {row['kind']} {row['layer']}.{row['index']}  {figures}")
+    return lines
 
 
 def _audit_lines(result: dict[str, Any]) -> list[str]:
@@ -474,8 +490,10 @@ def _units(found: dict[str, Any]) -> str:
 def suites_table(suites: list[Suite]) -> Table:
     """The built-in suites, one line each."""
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("suite", "attribute", "language", "groups x markers", "scenarios", "title"):
-        table.add_column(heading)
+    # A name is there to be copied, so it is never cut.
+    table.add_column("suite", min_width=max(len(suite.name) for suite in suites))
+    for heading in ("attribute", "language", "groups x markers", "scenarios", "title"):
+        table.add_column(heading, overflow="fold")
     for suite in suites:
         sizes = sorted({len(markers) for markers in suite.groups.values()})
         size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
