@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from command import Command
+from hypothesis import settings
+
+# Tests assert no times: on a busy machine any example may take long.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def test_training_is_determined_by_its_seed() -> None:
     assert not torch.equal(train(removed, measured, 1).inward, train(removed, measured, 2).inward)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(units=st.integers(1, 20), data=st.data())
 def test_drawn_states_keep_to_their_bounds(units: int, data: st.DataObject) -> None:
     least = data.draw(st.integers(1, units))

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_units_that_are_turned_down_is_refused(tmp_path: Path) -
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_file_gives_the_same_gates_back(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     gates = attenuation_of(model_of("llama"), seed)
     folder = tmp_path_factory.mktemp("gates")

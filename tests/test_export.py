@@ -220,7 +220,7 @@ def test_every_format_loads_without_secateur(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sizes_keep_what_the_mask_keeps(data: st.DataObject) -> None:
     layers = data.draw(st.integers(1, 3))
     groups, per_group, neurons = (

@@ -46,7 +46,7 @@ def test_masks_in_one_pass_measure_what_they_measure_alone(name: str, mean: bool
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 7), at_once=st.integers(1, 8))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_number_in_one_pass_gives_the_same(seed: int, count: int, at_once: int) -> None:
     masks = some_masks("llama", count, seed=seed)
     plain, together = evaluator_of(), evaluator_of(masks_at_once=at_once)

@@ -323,7 +323,7 @@ def test_owned_positions_influence_their_owner_alone(name: str) -> None:
         assert_owned_positions_influence_their_owner_alone(model, batch)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PROMPTS)
 def test_owners_of_rows_hold_for_any_prompts(pieces: list[tuple[tuple[int, ...], list[tuple[int, ...]]]]) -> None:
     assert_owned_positions_influence_their_owner_alone(model_of("gpt_neo"), batch_of("gpt_neo", pieces))

@@ -137,7 +137,7 @@ def test_answer_that_merges_with_the_context_takes_its_last_tokens() -> None:
     assert len(prompt.context) == len(plain) - 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     markers=st.lists(st.text(alphabet=LETTERS, min_size=1, max_size=6), min_size=4, max_size=4, unique=True),
     reply=st.text(alphabet=LETTERS, max_size=12) | st.just("c" * 30),

@@ -74,7 +74,7 @@ def test_the_cheapest_goes_first_as_by_trying_each() -> None:
 
 
 @given(seed=st.integers(0, 1000), size=st.integers(1, 9), lost=st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_as_many_stay_as_asked_and_removed_ones_only_to_fill_up(seed: int, size: int, lost: int) -> None:
     rng = np.random.default_rng(seed)
     _, gram = some_gram(rng, 9)

@@ -91,7 +91,6 @@ def test_flat_refuses_units_that_do_not_exist(space: UnitSpace, kind: Any, layer
 
 
 @given(masks())
-@settings(deadline=None)
 def test_mask_file_round_trip(drawn: list[Mask]) -> None:
     mask = drawn[0]
     loaded = round_trip(mask)
@@ -116,7 +115,6 @@ def test_and_is_a_union_of_what_is_removed(drawn: list[Mask]) -> None:
 
 
 @given(masks(count=2))
-@settings(deadline=None)
 def test_and_keeps_the_means_of_both_after_reading_files(drawn: list[Mask]) -> None:
     one, two = drawn
     joined = round_trip(one) & round_trip(two)
@@ -222,7 +220,7 @@ def test_truncated_mask_file(share: float, tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_damaged_mask_file_gives_a_mask_or_a_mask_error(position: int, change: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = saved_mask(Path(directory))

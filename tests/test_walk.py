@@ -114,7 +114,7 @@ def test_masks_of_other_kinds_take_whole_passes(other: Callable[[LanguageModel],
     np.testing.assert_allclose(walk.evaluate(last).table.y, plain.evaluate(last).table.y, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(one=st.sets(st.integers(0, LAYERS * HEADS - 1)), other=st.sets(st.integers(0, LAYERS * HEADS - 1)))
 def test_first_difference_is_the_layer_of_the_first_head_that_differs(one: set[int], other: set[int]) -> None:
     model = model_of()
@@ -124,7 +124,7 @@ def test_first_difference_is_the_layer_of_the_first_head_that_differs(one: set[i
     assert first_difference(masks[0], masks[1], LAYERS) == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sets(st.integers(0, LAYERS * HEADS - 1)), max_size=12))
 def test_the_walking_order_restarts_latest(sets: list[set[int]]) -> None:
     model = model_of()
