@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.errors import NumericalError
 from secateur.evaluation.store import Store
-from secateur.evaluation.walk import Walk
+from secateur.evaluation.walk import Walk, walking_order
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, Batch, measure_y, measure_y_of_each, pack
 from secateur.measures.disparity import Interval, Table, statistics
 from secateur.measures.prompts import PromptSet
@@ -204,6 +204,14 @@ class Evaluator:
             self._measure_together(group, utility)
             for mask in group:
                 yield self._finite(mask, told, utility)
+
+    def evaluate_walking(
+        self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
+    ) -> Iterator[tuple[int, Measurement | None]]:
+        """Measure masks in an order in which neighbours begin alike, each with its position; see ``keep_bytes``."""
+        order = walking_order(masks)
+        found = self.evaluate_each([masks[number] for number in order], advance, utility=utility)
+        return zip(order, found, strict=True)
 
     def _finite(self, mask: AnyMask, advance: Advance, utility: bool) -> Measurement | None:
         """Measure a mask and tell of all its work; None where answers are not finite."""

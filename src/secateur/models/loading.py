@@ -74,9 +74,9 @@ def load(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     chosen_dtype = _dtype(dtype)
-    if matmul_precision not in (*get_args(MatmulPrecision), "auto"):
-        known = ", ".join((*get_args(MatmulPrecision), "auto"))
-        raise SettingError(f"Unknown matmul precision '{matmul_precision}'; choose one of: {known}.")
+    precisions = (*get_args(MatmulPrecision), "auto")
+    if matmul_precision not in precisions:
+        raise SettingError(f"Unknown matmul precision '{matmul_precision}'; choose one of: {', '.join(precisions)}.")
     chosen_device = _device(device) if device_map is None else None
     if device is not None and device_map is not None:
         raise SettingError("Give either a device or a device map, not both.")

@@ -25,7 +25,6 @@ from pydantic import Field
 
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
-from secateur.evaluation.walk import walking_order
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
 from secateur.progress import Advance
@@ -131,9 +130,9 @@ class SampledMasks(Settings):
         share = max(self.least, round(LARGEST_SHARE * UnitSpace.of(model).n_heads))
         return self.least, share if self.most is None else self.most
 
-    def work(self, fit: Evaluator) -> int:
-        """Prompts and windows of the draw, for every mask."""
-        return self._part(fit).work(utility=True) * self.evaluations
+    def work(self, fit: Evaluator, masks: int | None = None) -> int:
+        """Prompts and windows of the draw, for every mask; None stands for the sampled ones."""
+        return self._part(fit).work(utility=True) * (self.evaluations if masks is None else masks)
 
     def score(
         self,
@@ -173,10 +172,8 @@ class SampledMasks(Settings):
         self, fit: Evaluator, masks: Sequence[Mask], advance: Advance = lambda _: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """D and log-perplexity, nats per token, on the draw, both (masks,); NaN where answers are not finite."""
-        part, order = self._part(fit), walking_order(masks)
         figures = np.full((2, len(masks)), np.nan)
-        measured = part.evaluate_each([masks[number] for number in order], advance, utility=True)
-        for number, found in zip(order, measured, strict=True):
+        for number, found in self._part(fit).evaluate_walking(masks, advance, utility=True):
             if found is not None:
                 assert found.log_perplexity is not None
                 figures[:, number] = disparity(found.table), found.log_perplexity

@@ -201,10 +201,7 @@ class Annealing(Settings):
     def _begin(self, survey: Survey, believed: Beliefs, prices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Positions of states that chains begin from, (chains,): of the better quarter at their price."""
         better = 1 + len(believed.states) // 4
-        orders = {
-            price: np.argsort(believed.bias / survey.before + price * believed.cost / survey.limit, kind="stable")
-            for price in PRICES
-        }
+        orders = {price: np.argsort(survey.energy(believed, price), kind="stable") for price in PRICES}
         return np.array([orders[price][rng.integers(better)] for price in prices])
 
     def _ensemble(self, survey: Survey, believed: Beliefs, rng: np.random.Generator) -> Linear:

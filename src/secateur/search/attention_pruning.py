@@ -78,7 +78,7 @@ class SurrogateAnnealing(Settings):
     ) -> list[list[int]]:
         """The finalists of the lowest energy as measured on the draw."""
         masks = [problem.mask(removed) for removed in finalists]
-        work = scorer.work(problem.fit) // scorer.evaluations * len(masks)
+        work = scorer.work(problem.fit, len(masks))
         with problem.localising(), problem.step("Measure the finalists", work) as advance:
             bias, log_perplexity = scorer.measure(problem.fit, masks, advance)
         energy = weights[0] * bias + weights[1] * log_perplexity

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.evaluation.evaluator import Evaluator
+from secateur.evaluation.evaluator import Evaluator, Measurement
 from secateur.measures.disparity import Table
 from secateur.measures.prompts import PromptSet
 from secateur.scoring.attribution import pairs_of_groups
@@ -96,6 +96,11 @@ class Draw:
     def unpruned(self) -> Gaps:
         """Of the unpruned model, which all of fit tells."""
         return Gaps(self.gaps, np.zeros_like(self.gaps))
+
+    def estimates(self, found: Measurement) -> tuple[Gaps, Estimate]:
+        """What a measurement on the draw says of gaps and of the increase of log-perplexity."""
+        assert found.nll is not None, "a draw is measured with its text"
+        return self.read(found.table), self.increase(found.nll)
 
     def read(self, after: Table) -> Gaps:
         """The gaps on all of fit that the answers to the draw stand for."""

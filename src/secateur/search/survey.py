@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
 
 from secateur.evaluation.evaluator import Measurement
 from secateur.evaluation.racing import Race
-from secateur.evaluation.walk import walking_order
 from secateur.progress import Advance, whole
 from secateur.scoring.attribution import Effects
 from secateur.scoring.linear_outcome import Posterior, learn
@@ -156,8 +156,8 @@ class Survey:
         """The increase of log-perplexity that the prices are relative to."""
         return float(np.log1p(self.problem.limit))
 
-    def energy(self, one: Measured, price: float = 1.0) -> float:
-        """D / D before + price * cost / limit, as measured."""
+    def energy(self, one: Measured | Beliefs, price: float = 1.0) -> Any:
+        """D / D before + price * cost / limit: as measured, a number, or as believed, (states,)."""
         return one.bias / self.before + price * one.cost / self.limit
 
     def price_of(self, race: int) -> float:
@@ -171,8 +171,7 @@ class Survey:
         draw = self.draw.on(self.race.first)
 
         def energies(found: Measurement) -> list[float]:
-            assert found.nll is not None
-            one = Measured(states[0], draw.read(found.table), draw.increase(found.nll), 0)
+            one = Measured(states[0], *draw.estimates(found), units=0)  # energies do not depend on state and units
             return [self.energy(one, price) for price in PRICES]
 
         masks = [self.problem.mask(self.units_of(state)) for state in states]
@@ -191,16 +190,12 @@ class Survey:
         new = {state.tobytes(): state for state in states if state.tobytes() not in self.asked}
         self.asked.update(new)
         self.spent += len(new)
-        drawn, all_masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
-        order = walking_order(all_masks)
-        masks = [all_masks[number] for number in order]
+        drawn, masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
         part = self.draw.part
-        measured = part.evaluate_each(masks, whole(advance, part.work(utility=True)), utility=True)
-        for state, mask, found in zip([drawn[number] for number in order], masks, measured, strict=True):
+        for number, found in part.evaluate_walking(masks, whole(advance, part.work(utility=True)), utility=True):
             if found is not None:
-                assert found.nll is not None
-                gaps, increase = self.draw.read(found.table), self.draw.increase(found.nll)
-                self.found.append(Measured(state, gaps, increase, len(mask.removed)))
+                gaps, increase = self.draw.estimates(found)
+                self.found.append(Measured(drawn[number], gaps, increase, len(masks[number].removed)))
             if self.found:
                 best = min(self.found, key=lambda one: (one.increase.value > self.limit, one.bias, one.units))
                 self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(float(best.increase.value)):+.1%}")
@@ -219,9 +214,10 @@ class Survey:
         scales = _scales([removed @ kind for kind in kinds], increases, weights, np.inf)
         damage = sum(scale * kind for scale, kind in zip(scales, kinds, strict=True))
         of_increases = learn(removed, increases, np.zeros(1), damage, weights)
-        variances = [np.array([pick(one).variance.ravel() for one in self.found]) for pick in (_gaps, _increase)]
-        believed_gaps = _believed(of_gaps, removed, gaps, variances[0], weights)
-        cost = _believed(of_increases, removed, increases, variances[1], weights)[:, 0]
+        of_chance = np.array([one.gaps.variance.ravel() for one in self.found])
+        believed_gaps = _believed(of_gaps, removed, gaps, of_chance, weights)
+        of_chance = np.array([[float(one.increase.variance)] for one in self.found])
+        cost = _believed(of_increases, removed, increases, of_chance, weights)[:, 0]
         return Beliefs(
             gaps=of_gaps,
             increases=of_increases,
@@ -235,14 +231,6 @@ class Survey:
         """How much each measured state counts, (states,): by the price at which it comes nearest to the best."""
         energies = np.array([[self.energy(one, price) for price in PRICES] for one in self.found])
         return np.asarray((1 / (1 + ((energies - energies.min(axis=0)) / NEAR) ** 2)).max(axis=1))
-
-
-def _gaps(one: Measured) -> Estimate:
-    return one.gaps
-
-
-def _increase(one: Measured) -> Estimate:
-    return one.increase
 
 
 def _scales(predicted: Sequence[np.ndarray], outcomes: np.ndarray, weights: np.ndarray, most: float) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.evaluation.walk import walking_order
 from secateur.measures.disparity import Comparison, Interval, Table, compare
 from secateur.studies.parts import Parts
 from secateur.studies.record import Recorder
@@ -74,8 +73,7 @@ def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder:
     comparisons = []
     with recorder.step("Test: random masks of the same size", draws * test.work()) as advance:
         drawn = [mask.random_like(rng) for _ in range(draws)]
-        masks = [drawn[number] for number in walking_order(drawn)]
-        for found in test.evaluate_each(masks, advance):
+        for _, found in test.evaluate_walking(drawn, advance):
             if found is not None:
                 comparisons.append(compare(before, found.table, seed))
     return comparisons
