@@ -172,5 +172,9 @@ def test_the_increase_is_that_of_log_perplexity_on_the_windows_of_the_draw() -> 
     assert found.nll is not None
     expected = np.log(draw.part.perplexity(mask)) - np.log(draw.part.perplexity())
     assert float(draw.increase(found.nll).value) == pytest.approx(expected, abs=1e-5)
-    assert draw.increase(found.nll).variance >= 0
+    assert draw.part.text is not None
+    rates = (found.nll - draw.nll) / draw.part.text.scored
+    assert len(rates) == 2
+    assert float(draw.increase(found.nll).variance) == pytest.approx(rates.var(ddof=1) / 2)
+    assert draw.increase(found.nll).variance > 0
     assert draw.increase(draw.nll).value == 0
