@@ -63,10 +63,12 @@ class PrecisionTrial:
     error: float | None
 
     def __str__(self) -> str:
-        off = "with values that are not finite" if self.error is None else f"off by {self.error:.3f} nats at most"
-        figures = f"{self.speed:.2f} times as fast, {off}"
+        off = f"log-probabilities of likely tokens shifted against each other by up to {self.error or 0:.3f} nats"
+        if self.error is None:
+            off = "some values were not finite"
+        figures = f"{self.speed:.2f} times as fast on a test passage, where {off}"
         if self.chosen == "highest":
-            return f"Matrix products in full precision; medium would be {figures}."
+            return f"Matrix products in full precision; medium was {figures}."
         return (
             f"Matrix products in {self.chosen} precision (bf16 or TF32, as the hardware has it): {figures}; "
             f"--matmul-precision {self.chosen} repeats this choice."

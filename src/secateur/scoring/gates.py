@@ -6,9 +6,9 @@ Gates m_u multiply the units and start at 1. Each step takes one scenario and a 
     rho sum_u m_u (1 - m_u)
 
 by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of D under the gates, so that answers
-which shrink as a whole win nothing. Each step asks other markers than the one before, or the gates would be fitted to
-a few names. The term in rho, off at first, drives gates to 0 or 1. Relaxed gates for pruning go back to Louizos et
-al. (2018); without their noise, the end is as good and simpler.
+which shrink as a whole win nothing. Each step asks a part of a scenario's markers, all of them in turn, or the gates
+would be fitted to a few names. The term in rho, off at first, drives gates to 0 or 1. Relaxed gates for pruning go
+back to Louizos et al. (2018); without their noise, the end is as good and simpler.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class GateTraining(Settings):
     damage: lambda, the weight of KL in nats per token.
     price: mu, the price of every closed gate.
     prompts: of one scenario in one step, about so many, equally many of each group and at least two markers of each;
-        other ones in the next step, in turn.
+        all of them in turn.
     windows: of the neutral text in one step, 128 tokens of each.
     seed: of the draws; that of the study unless it is set.
 

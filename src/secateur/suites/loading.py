@@ -39,8 +39,8 @@ def load_suite(source: str | Path | Suite | None = None) -> Suite:
     if path.suffix not in YAML_SUFFIXES:
         path = BUILTIN / f"{name}.yaml"
         if name not in suite_names():
-            near = _near_misses(name, suite_names())
-            raise SuiteError(f"There is no suite '{name}'.{near or ' The command secateur suites lists them.'}")
+            near = _near_misses(name, suite_names()) or " 'secateur suites' lists them."
+            raise SuiteError(f"There is no suite '{name}'.{near}")
     return _validate(_read(path), path)
 
 
