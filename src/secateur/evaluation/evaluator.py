@@ -86,7 +86,8 @@ class Evaluator:
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
     walk_bytes: memory for the same in evaluators that are made from this one to walk, see :meth:`on`.
     masks_at_once: masks in one forward pass, each with its own rows, where many are measured. Worth it where a pass
-        is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``.
+        is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``. Of masks
+        that are measured together all are forwarded if one is not known.
     share_prefixes: compute prompts that begin alike, and the answers to one prompt, in one tree of tokens.
     logits_where_read: compute the output head only where an answer is read. This and ``share_prefixes`` are switched
         off to see what they save; figures stay the same.
@@ -241,12 +242,14 @@ class Evaluator:
             self._read(mask, advance)
 
     def _measure_together(self, masks: Sequence[AnyMask], utility: bool) -> None:
-        """Measure in common passes what is not known of masks; if one has no finite answers, leave them all."""
-        if len(masks) < 2:
-            return
-        new = self._unknown(masks, utility)
-        kept = list(new.values())
-        if len(kept) < 2 or any(mask.means is not kept[0].means for mask in kept):
+        """Measure masks in common passes; if one has no finite answers, leave them all.
+
+        All of them, as soon as one is not known: last digits depend on the shape of a pass, and a run that is carried
+        on must find what it would have found.
+        """
+        group = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
+        kept = list(group.values())
+        if len(kept) < 2 or not self._unknown(kept, utility) or any(mask.means is not kept[0].means for mask in kept):
             return
         try:
             if utility and self.divergence and not self._unpruned:
@@ -257,7 +260,7 @@ class Evaluator:
             read = [self._likelihoods(one) if utility else {} for one in states]
         except NumericalError:
             return
-        for key, row, figures in zip(new, y, read, strict=True):
+        for key, row, figures in zip(group, y, read, strict=True):
             self._remember(key, {"y": row, **figures})
 
     def _unknown(self, masks: Sequence[AnyMask], utility: bool) -> dict[bytes, Mask]:
@@ -313,7 +316,8 @@ class Evaluator:
         return self._known[key]
 
     def _remember(self, key: bytes, figures: dict[str, np.ndarray]) -> None:
-        self._known[key].update(figures)
+        """Keep what is new of a mask; as in the store, the first figure stays."""
+        self._known[key].update({name: value for name, value in figures.items() if name not in self._known[key]})
         if self.store is not None:
             self.store.put(self.part, key, figures)
 
