@@ -43,20 +43,31 @@ class Measurement:
     Attributes
     ----------
     table: y by scenario and marker.
-    nll: (windows,) negative log-likelihood of the neutral text. log_perplexity: their mean per token, nats. kl: of
-        the unpruned model's predictions there and the pruned one's, nats per token; see ``divergence``. None where
-        it was not asked for.
+    nll, scored: (windows,) negative log-likelihood of the neutral text, and tokens that it is of. kl: of the unpruned
+        model's predictions there and the pruned one's, nats per token; see ``divergence``. None where it was not asked
+        for.
     """
 
     table: Table
     nll: np.ndarray | None = None
-    log_perplexity: float | None = None
+    scored: np.ndarray | None = None
     kl: float | None = None
 
     @property
     def smd(self) -> np.ndarray:
         """Bias by scenario, (scenarios,): see :mod:`secateur.measures.disparity`."""
         return statistics(self.table)["smd"]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Markers that gave a y, (scenarios, groups)."""
+        there, groups = ~np.isnan(self.table.y), self.table.groups
+        return np.stack([there[:, groups == group].sum(axis=1) for group in range(self.table.n_groups)], axis=1)
+
+    @property
+    def log_perplexity(self) -> float | None:
+        """Mean negative log-likelihood of the text, nats per token; None where it was not asked for."""
+        return None if self.nll is None or self.scored is None else float(self.nll.sum() / self.scored.sum())
 
 
 class Pool(Protocol):
@@ -186,7 +197,7 @@ class Evaluator:
         if not utility:
             return Measurement(table)
         kl = float(known["kl"]) if self.divergence else None
-        return Measurement(table, known["nll"], float(np.log(perplexity(known["nll"], self._text))), kl)
+        return Measurement(table, known["nll"], self._text.scored, kl)
 
     def evaluate_each(
         self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
