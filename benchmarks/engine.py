@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--model", help="a name or directory instead of the default model")
     parser.add_argument("--suite", default="occupations")
     parser.add_argument("--masks", type=int, default=8)
-    parser.add_argument("--naive", type=int, default=2, help="random masks measured in the naive way, and one of the walk")
+    parser.add_argument("--naive", type=int, default=2, help="random masks measured naively; one of the walk is, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--brief", action="store_true", help="the engine against the naive way alone")
     options = parser.parse_args()

@@ -84,7 +84,8 @@ def test_what_a_store_holds_of_a_group_changes_no_digit(stored: list[int], tmp_p
             store.put(whole.part, masks[number].key, whole.figures(masks[number]))
         resumed = evaluator_of(divergence=True, masks_at_once=4, store=store)
         for found, one in zip(resumed.evaluate_each(masks, utility=True), expected, strict=True):
-            assert found is not None and one is not None
+            assert found is not None
+            assert one is not None
             assert found.table.y.tobytes() == one.table.y.tobytes()
             assert (found.log_perplexity, found.kl) == (one.log_perplexity, one.kl)
 

@@ -156,7 +156,7 @@ def _insert(tree: TokenTree, prompt: Prompt, root: int = -1) -> list[list[int]]:
 
 def _pack(
     model: LanguageModel,
-    rows: list[list[Prompt]],
+    rows: Sequence[Sequence[Prompt]],
     use_trees: bool,
     owners: Callable[[Layout, TokenTree], Tensor],
 ) -> Batch:

@@ -53,8 +53,8 @@ class LanguageModel:
         The output head keeps the highest.
     loaded_with: what to call :func:`secateur.load` with to get it again; None for a model made otherwise.
     precision_trial: what ``matmul_precision`` was chosen by, where it was measured.
-    onednn: multiply through oneDNN where that is faster, see :func:`secateur.models.linear.fast_linear`; switched off to
-        see what it saves.
+    onednn: multiply through oneDNN where that is faster, see :mod:`secateur.models.linear`; switched off to see what
+        it saves.
     usage: tokens forwarded and backwarded so far.
     """
 
