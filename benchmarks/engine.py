@@ -1,9 +1,10 @@
 """Print masks per second of the evaluation engine against the naive way, and what each technique is worth.
 
-Run with ``python benchmarks/engine.py [--suite NAME] [--masks N] [--naive N] [--brief]``, on the select part of the
-suite and its neutral text. The naive way is what plain transformers code does: every prompt a padded row, all logits,
-one whole pass per mask. All ratios are measured in one run; every technique is then switched off alone. Where the
-processor multiplies bfloat16 in hardware, the products of fp32 matrices are also taken in it.
+Run with ``python benchmarks/engine.py [--model NAME] [--suite NAME] [--masks N] [--naive N] [--brief]``, on the select
+part of the suite and its neutral text. The naive way is what plain transformers code does: every prompt a padded row,
+all logits, one whole pass per mask. All ratios are measured in one run; every technique is then switched off alone.
+Where the processor multiplies bfloat16 in hardware, the products of fp32 matrices are also taken in it. Peak memory is
+read before the naive way, which takes more, has begun.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ from secateur.measures.answers import MEASURES
 from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import split
 from secateur.measures.utility import NeutralText, read_passages, split_text
-from secateur.models.linear import fast_linear
+from secateur.models.linear import fast_linear, onednn_is_faster
 from secateur.scoring.attribution import disparity
 from secateur.studies.record import peak_memory_bytes
 from secateur.units import Mask, UnitSpace
 
 ROWS = 64
 KEPT = 1 << 30
+AT_ONCE = 4
 RANDOM_HEADS = 5
 
 
@@ -116,10 +118,12 @@ class Bench:
         prompts = build_prompts(model, asked, split(asked).select)
         return cls(model, prompts, split_text(model, read_passages())["select"])
 
-    def engine(self, **options: Any) -> Evaluator:
-        return Evaluator(self.model, self.prompts, self.text, **options)
+    def engine(self, onednn: bool = True, **options: Any) -> Evaluator:
+        return Evaluator(replace(self.model, onednn=onednn), self.prompts, self.text, **options)
 
     def measure_naively(self, masks: Sequence[Mask]) -> None:
+        """Measure masks after a first one that is not timed."""
+        naive(self.model, self.prompts, self.text, masks[0])
         start = time.perf_counter()
         for mask in masks:
             self.known.append((mask, *naive(self.model, self.prompts, self.text, mask)))
@@ -147,14 +151,25 @@ class Bench:
         return fast
 
 
+def memory(bench: Bench, walked: Sequence[Mask], random: Sequence[Mask]) -> None:
+    """Print the peak so far of this process, which has measured by the engine alone."""
+    list(bench.engine(keep_bytes=KEPT).evaluate_each(walked[:2], utility=True))
+    print(f"peak memory of the engine, restarts kept {peak_memory_bytes() / 1e9:.2f} GB")
+    list(bench.engine(masks_at_once=AT_ONCE).evaluate_each(random[:AT_ONCE], utility=True))
+    print(f"peak memory with several masks in one pass ({AT_ONCE}) {peak_memory_bytes() / 1e9:.2f} GB")
+
+
 def unrelated_masks(bench: Bench, masks: Sequence[Mask]) -> float:
     """Masks per second without restarts."""
     print(f"\nunrelated random masks of {RANDOM_HEADS} heads")
     whole = bench.report("engine", [masks[number] for number in walking_order(masks)], keep_bytes=KEPT)
     plain = bench.report("  without restarts", masks)
     print(f"    order and restarts: {whole / plain:.2f} x")
-    bench.report("  with several masks in one pass (4)", masks, masks_at_once=4)
-    for name, switch in (("shared prefixes", "share_prefixes"), ("head where read", "logits_where_read")):
+    bench.report(f"  with several masks in one pass ({AT_ONCE})", masks, masks_at_once=AT_ONCE)
+    if not onednn_is_faster():
+        print("    oneDNN: not used on this processor")
+    switches = {"shared prefixes": "share_prefixes", "head where read": "logits_where_read", "oneDNN": "onednn"}
+    for name, switch in switches.items():
         without = bench.report(f"  without restarts and {name}", masks, **{switch: False})
         print(f"    {name}: {plain / without:.2f} x")
     return plain
@@ -207,12 +222,12 @@ def share_of_ceiling(bench: Bench, masks_per_second: float) -> None:
         print(f"{reached / top:.0%} of {top / 1e9:.0f} GFLOP/s (a product of {' x '.join(map(str, shape))})")
 
 
-def in_bfloat16(suite: str, masks: Sequence[Mask], engine: Evaluator, whole: float) -> None:
+def in_bfloat16(suite: str, model: str | None, masks: Sequence[Mask], engine: Evaluator, whole: float) -> None:
     print("\nproducts in bfloat16, output head in fp32")
     if not torch.cpu._is_amx_tile_supported():
         print("this processor has no AMX; not tried")
         return
-    quick = Bench.load(suite, matmul_precision="medium")
+    quick = Bench.load(suite, source=model, matmul_precision="medium")
     fast, used = quick.report("engine", masks), quick.engine()
     off = max(float(np.abs(used.y(mask) - engine.y(mask)).max()) for mask in masks[:2])
     print(f"{fast / whole:.2f} x fp32, largest difference of y {off:.1e}")
@@ -220,14 +235,15 @@ def in_bfloat16(suite: str, masks: Sequence[Mask], engine: Evaluator, whole: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a name or directory instead of the default model")
     parser.add_argument("--suite", default="occupations")
     parser.add_argument("--masks", type=int, default=8)
-    parser.add_argument("--naive", type=int, default=2, help="masks measured in the naive way")
+    parser.add_argument("--naive", type=int, default=2, help="random masks measured naively; one of the walk is, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--brief", action="store_true", help="the engine against the naive way alone")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    bench = Bench.load(options.suite)
+    bench = Bench.load(options.suite, source=options.model)
     model, engine = bench.model, bench.engine()
     steps, random = walk(model, options.masks, rng), unrelated(model, options.masks, rng)
     rows = {(*prompt.context, *answer[:-1]) for prompt in bench.prompts.prompts for answer in prompt.answers}
@@ -236,18 +252,17 @@ def main() -> None:
         f"{sum(batch.tokens for batch in engine.batches):,} tokens ({sum(map(len, rows)):,} as rows without padding), "
         f"{sum(len(window.tokens) for window in bench.text.windows):,} of text"
     )
-    bench.measure_naively(random[: options.naive])
+    memory(bench, steps, random)
+    bench.measure_naively([*random[: options.naive], steps[-1]])
     if options.brief:
         bench.report("engine, unrelated random masks", random)
         bench.report("engine, a walk of single flips", steps, keep_bytes=KEPT)
-        print(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB")
         return
     plain = unrelated_masks(bench, random)
     walked_masks(bench, steps)
     racing(bench, unrelated(model, 2 * options.masks, rng), options.seed)
     share_of_ceiling(bench, plain)
-    in_bfloat16(options.suite, random, engine, plain)
-    print(f"\npeak memory {peak_memory_bytes() / 1e9:.2f} GB")
+    in_bfloat16(options.suite, options.model, random, engine, plain)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny import prompts, tiny_model
 from torch.nn.functional import linear
 
 from secateur.models import linear as module
@@ -58,6 +61,16 @@ def test_module_with_frozen_weights_takes_the_fast_path(calls: list[int]) -> Non
     assert calls == [1]
     layer(torch.randn(3, 8))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_model_may_switch_it_off(onednn: bool, calls: list[int]) -> None:
+    model = replace(tiny_model(), onednn=onednn)
+    hidden = model.hidden(prompts(model), None, None)
+    within = len(calls)
+    assert (within > 0) is onednn
+    model.logits(hidden)
+    assert (len(calls) > within) is onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny import NAMES
 from secateur.errors import MaskError, NumericalError
 from secateur.evaluation import Evaluator, evaluator
 from secateur.evaluation.evaluator import Measurement
+from secateur.evaluation.store import Store
 from secateur.units import Mask, UnitSpace, masked_each
 
 
@@ -63,6 +65,37 @@ def test_masks_in_one_pass_count_their_tokens_and_are_not_measured_again() -> No
     alone = usage.forward - before
     list(together.evaluate_each([*masks, *masks], utility=True))
     assert usage.forward - before - alone == alone
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let figures show the shape of their pass: the last digits of large models do."""
+    of_each = evaluator.measure_y_of_each
+    monkeypatch.setattr(evaluator, "measure_y_of_each", lambda *told: of_each(*told) + 1e-4 * told[-1])
+
+
+@pytest.mark.usefixtures("shown")
+@pytest.mark.parametrize("stored", [[0], [1, 2], [0, 1, 2, 3, 5]])
+def test_what_a_store_holds_of_a_group_changes_no_digit(stored: list[int], tmp_path: Path) -> None:
+    masks, whole = some_masks("llama", 8)[1:], evaluator_of(divergence=True, masks_at_once=4)
+    expected = list(whole.evaluate_each(masks, utility=True))
+    with Store(tmp_path / "measured.sqlite", whole.model.fingerprint) as store:
+        for number in stored:  # what was written before the run was killed
+            store.put(whole.part, masks[number].key, whole.figures(masks[number]))
+        resumed = evaluator_of(divergence=True, masks_at_once=4, store=store)
+        for found, one in zip(resumed.evaluate_each(masks, utility=True), expected, strict=True):
+            assert found is not None
+            assert one is not None
+            assert found.table.y.tobytes() == one.table.y.tobytes()
+            assert (found.log_perplexity, found.kl) == (one.log_perplexity, one.kl)
+
+
+@pytest.mark.usefixtures("shown")
+def test_what_is_known_of_a_mask_stays_when_it_fills_a_group() -> None:
+    masks, together = some_masks("llama", 4)[1:], evaluator_of(masks_at_once=3)
+    alone = together.evaluate(masks[1]).table.y
+    list(together.evaluate_each(masks, utility=True))
+    assert together.evaluate(masks[1]).table.y.tobytes() == alone.tobytes()
 
 
 def test_progress_is_told_of_every_mask() -> None:

@@ -183,6 +183,53 @@ def test_long_trees_are_cut() -> None:
     assert [p for batch in batches for p in batch.prompts] == list(prompts)
 
 
+def questions(count: int, shared: int, own: int, seed: int) -> PromptSet:
+    """Questions that begin alike in the first tokens and in every part of up to a dozen; one measure for all."""
+    rng = np.random.default_rng(seed)
+    opening = tuple(rng.integers(0, 256, size=shared).tolist())
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        asked = (*opening, *rng.integers(0, 256, size=rng.integers(1, shared + 2)).tolist())
+        for _ in range(min(int(rng.integers(1, 13)), count - len(prompts))):
+            context = (*asked, *rng.integers(0, 256, size=rng.integers(1, own + 1)).tolist())
+            prompts.append(Prompt(2, 0, len(prompts), context, ((1, 2), (3,))))
+    return PromptSet(SUITE, tuple(prompts), tuple(range(count)), np.zeros(count, dtype=int))
+
+
+@settings(max_examples=25)
+@given(
+    count=st.integers(1, 150),
+    shared=st.integers(1, 60),
+    own=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+    batch_size=st.sampled_from([1, 64, 128, 300]),
+)
+def test_little_is_padding(count: int, shared: int, own: int, seed: int, batch_size: int) -> None:
+    prompts = questions(count, shared, own, seed)
+    for batch in pack(model_of("llama"), prompts, batch_size):
+        assert len(batch.layout.row) >= 0.9 * batch.tokens
+
+
+@pytest.mark.parametrize(("count", "own"), [(52, 10), (78, 7), (30, 30), (150, 3)])
+def test_a_row_more_costs_its_own_tokens_alone(count: int, own: int) -> None:
+    model, prompts = model_of("llama"), questions(count, 30, own, seed=0)
+    tree = TokenTree()
+    for prompt in prompts.prompts:
+        tree.add((*prompt.context, prompt.answers[0][0]))
+    rows = sum(len(batch.layout.input_ids) for batch in pack(model, prompts))
+    assert rows > 1
+    # What a row begins with may be there in another row, too.
+    assert sum(batch.tokens for batch in pack(model, prompts)) <= len(tree) + 2 * (rows - 1) * (30 + 31)
+
+
+@settings(max_examples=10)
+@given(count=st.integers(20, 60), shared=st.integers(1, 40), own=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_any_prompts_in_common_rows_give_what_they_give_alone(count: int, shared: int, own: int, seed: int) -> None:
+    model, prompts = model_of("llama"), questions(count, shared, own, seed)
+    expected = [naive_y(model, prompt) for prompt in prompts.prompts]
+    np.testing.assert_allclose(y_of(model, prompts, 128), expected, rtol=0, atol=1e-5)
+
+
 def test_values_that_are_not_finite_are_a_numerical_error() -> None:
     model = tiny_model()
     model.model.get_output_embeddings().weight.data.fill_(float("nan"))

@@ -12,9 +12,9 @@ from scipy.stats import spearmanr
 import secateur
 from secateur.evaluation import Evaluator
 from secateur.measures.answers import measure_y, pack
-from secateur.measures.prompts import build_prompts
+from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import Part
-from secateur.measures.utility import read_passages, split_text
+from secateur.measures.utility import NeutralText, read_passages, split_text
 from secateur.scoring.attribution import Attribution, disparity
 from secateur.units import Mask, masked
 
@@ -63,6 +63,53 @@ def test_y_equals_plain_transformers(model: secateur.LanguageModel) -> None:
     y = measure_y(model, prompts, pack(model, prompts))
     assert float(y[0]) == pytest.approx(float(log_probabilities[he] - log_probabilities[she]), abs=1e-4)
     assert float(y[0]) < 0
+
+
+@torch.no_grad()
+def plain(
+    model: secateur.LanguageModel, prompts: PromptSet, text: NeutralText, mask: Mask
+) -> tuple[list[float], list[torch.Tensor]]:
+    """y of every prompt, and by window the log-probabilities where a token is scored: a whole pass for each."""
+    y = []
+    with masked(model, mask):
+        for prompt in prompts.prompts:
+            logs = []
+            for answer in prompt.answers:
+                ids = torch.tensor([[*prompt.context, *answer]])
+                steps = model.model(input_ids=ids, use_cache=False).logits[0, len(prompt.context) - 1 : -1]
+                logs.append(steps.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+            first = len(prompts.suite.scenarios[prompt.scenario].measure.a)
+            y.append(float(torch.stack(logs[:first]).logsumexp(0) - torch.stack(logs[first:]).logsumexp(0)))
+        whole = [model.model(input_ids=window.tokens[None], use_cache=False).logits[0] for window in text.windows]
+    return y, [one[window.start - 1 : -1].log_softmax(-1) for one, window in zip(whole, text.windows, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{"keep_bytes": 1 << 30}, {"masks_at_once": 2}], ids=["restarts", "several"])
+def test_the_engine_finds_what_plain_passes_find(model: secateur.LanguageModel, options: dict[str, int]) -> None:
+    """Two masks that part in a late layer; y, log-perplexity and KL."""
+    suite = secateur.load_suite("occupations")
+    middle = len(next(iter(suite.groups.values())))
+    paraphrases = tuple((0,) if i < 2 else () for i in range(len(suite.scenarios)))
+    prompts = build_prompts(model, suite, Part(paraphrases, tuple(range(middle - 3, middle + 3))))
+    text = split_text(model, read_passages())["fit"].first(2, 64)
+    engine = Evaluator(model, prompts, text, divergence=True, **options)
+    heads = secateur.UnitSpace.of(model).n_heads
+    units = [*range(0, 2 * heads // 3, 10), heads + 7]
+    masks = [Mask.removing(model, units), Mask.removing(model, [*units, heads - heads // 6])]
+    before = model.usage.forward
+    found = list(engine.evaluate_each(masks, utility=True))
+    if engine.keep_bytes:
+        assert model.usage.forward - before < 2 * engine.tokens, "the second pass is not whole"
+    unpruned = torch.cat(plain(model, prompts, text, Mask.none(model))[1])
+    targets = torch.cat([window.tokens[window.start :] for window in text.windows])
+    for mask, one in zip(masks, found, strict=True):
+        assert one is not None
+        y, read = plain(model, prompts, text, mask)
+        after = torch.cat(read)
+        np.testing.assert_allclose(engine.y(mask), y, rtol=0, atol=1e-4)
+        assert one.log_perplexity == pytest.approx(-float(after.gather(1, targets[:, None]).mean()), abs=1e-4)
+        assert one.kl == pytest.approx(float((unpruned.exp() * (unpruned - after)).sum(1).mean()), abs=1e-4)
+        assert one.kl > 1e-3, "a mask that does nothing shows nothing"
 
 
 def test_attribution_agrees_with_switching_units_off(model: secateur.LanguageModel, part: Part) -> None:

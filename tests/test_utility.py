@@ -15,9 +15,9 @@ from tiny import NAMES, tiny_model
 from torch import Tensor
 
 from secateur.errors import DataError
-from secateur.evaluation import Evaluator
+from secateur.evaluation import Evaluator, Measurement
 from secateur.evaluation.divergence import Divergence
-from secateur.measures.disparity import Interval
+from secateur.measures.disparity import Interval, Table
 from secateur.measures.prompts import PromptSet, build_prompts
 from secateur.measures.splits import whole
 from secateur.measures.utility import (
@@ -326,6 +326,14 @@ def test_evaluator_gives_the_utility_of_a_mask() -> None:
     assert evaluator.kl_divergence(Mask.none(model)) == pytest.approx(0, abs=1e-7)
 
 
+def test_a_measurement_counts_the_markers_and_tokens_that_it_is_of() -> None:
+    table = Table(np.array([[0.1, np.nan, 2.0], [np.nan, 1.0, 3.0]]), np.array([0, 0, 1]))
+    found = Measurement(table, nll=np.array([6.0, 2.0]), scored=np.array([3, 1]))
+    assert found.counts.tolist() == [[1, 1], [1, 1]]
+    assert Measurement(table.of_markers(np.array([True, False, True]))).counts.tolist() == [[1, 1], [0, 1]]
+    assert found.log_perplexity == 2.0
+
+
 def test_a_measurement_holds_bias_by_scenario_log_perplexity_and_kl() -> None:
     model = model_of()
     text = cut(model, TEXT, 50, 30)
@@ -339,6 +347,7 @@ def test_a_measurement_holds_bias_by_scenario_log_perplexity_and_kl() -> None:
     men, women = (found.table.y[:, found.table.groups == group] for group in (0, 1))
     spread = np.sqrt((men.var(axis=1, ddof=1) + women.var(axis=1, ddof=1)) / 2)
     np.testing.assert_allclose(found.smd, (men.mean(axis=1) - women.mean(axis=1)) / spread)
+    assert found.counts.tolist() == [[2, 2]]
     assert found.nll is not None
     assert found.log_perplexity == pytest.approx(found.nll.sum() / text.scored.sum())
     assert found.log_perplexity == pytest.approx(np.log(evaluator.perplexity(mask)))

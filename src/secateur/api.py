@@ -57,7 +57,8 @@ from secateur.surgery.slimming import target_size
 from secateur.weights import AnyMask
 
 SPARE_BYTES = 50_000_000
-# Settings that change what a run costs and not what it finds: another value may carry on a run.
+# Settings that change what a run costs and, but for the last digits of figures, not what it finds: another value may
+# carry on a run.
 EFFORT = ("masks_at_once", "kept_mib", "verification")
 # What a run may be asked for in addition: what is there and was made with the same settings of its method stays.
 METHODS_ASKED = ("methods", "options")

@@ -43,20 +43,31 @@ class Measurement:
     Attributes
     ----------
     table: y by scenario and marker.
-    nll: (windows,) negative log-likelihood of the neutral text. log_perplexity: their mean per token, nats. kl: of
-        the unpruned model's predictions there and the pruned one's, nats per token; see ``divergence``. None where
-        it was not asked for.
+    nll, scored: (windows,) negative log-likelihood of the neutral text, and tokens that it is of. kl: of the unpruned
+        model's predictions there and the pruned one's, nats per token; see ``divergence``. None where it was not asked
+        for.
     """
 
     table: Table
     nll: np.ndarray | None = None
-    log_perplexity: float | None = None
+    scored: np.ndarray | None = None
     kl: float | None = None
 
     @property
     def smd(self) -> np.ndarray:
         """Bias by scenario, (scenarios,): see :mod:`secateur.measures.disparity`."""
         return statistics(self.table)["smd"]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Markers that gave a y, (scenarios, groups)."""
+        there, groups = ~np.isnan(self.table.y), self.table.groups
+        return np.stack([there[:, groups == group].sum(axis=1) for group in range(self.table.n_groups)], axis=1)
+
+    @property
+    def log_perplexity(self) -> float | None:
+        """Mean negative log-likelihood of the text, nats per token; None where it was not asked for."""
+        return None if self.nll is None or self.scored is None else float(self.nll.sum() / self.scored.sum())
 
 
 class Pool(Protocol):
@@ -86,7 +97,8 @@ class Evaluator:
         where it differs (see :class:`secateur.evaluation.walk.Walk`); 0 for none.
     walk_bytes: memory for the same in evaluators that are made from this one to walk, see :meth:`on`.
     masks_at_once: masks in one forward pass, each with its own rows, where many are measured. Worth it where a pass
-        is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``.
+        is too small to keep the device busy; begun anew for every mask, so not together with ``keep_bytes``. Of masks
+        that are measured together all are forwarded if one is not known.
     share_prefixes: compute prompts that begin alike, and the answers to one prompt, in one tree of tokens.
     logits_where_read: compute the output head only where an answer is read. This and ``share_prefixes`` are switched
         off to see what they save; figures stay the same.
@@ -185,7 +197,7 @@ class Evaluator:
         if not utility:
             return Measurement(table)
         kl = float(known["kl"]) if self.divergence else None
-        return Measurement(table, known["nll"], float(np.log(perplexity(known["nll"], self._text))), kl)
+        return Measurement(table, known["nll"], self._text.scored, kl)
 
     def evaluate_each(
         self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
@@ -241,12 +253,14 @@ class Evaluator:
             self._read(mask, advance)
 
     def _measure_together(self, masks: Sequence[AnyMask], utility: bool) -> None:
-        """Measure in common passes what is not known of masks; if one has no finite answers, leave them all."""
-        if len(masks) < 2:
-            return
-        new = self._unknown(masks, utility)
-        kept = list(new.values())
-        if len(kept) < 2 or any(mask.means is not kept[0].means for mask in kept):
+        """Measure masks in common passes; if one has no finite answers, leave them all.
+
+        All of them, as soon as one is not known: last digits depend on the shape of a pass, and a run that is carried
+        on must find what it would have found.
+        """
+        group = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
+        kept = list(group.values())
+        if len(kept) < 2 or not self._unknown(kept, utility) or any(mask.means is not kept[0].means for mask in kept):
             return
         try:
             if utility and self.divergence and not self._unpruned:
@@ -257,7 +271,7 @@ class Evaluator:
             read = [self._likelihoods(one) if utility else {} for one in states]
         except NumericalError:
             return
-        for key, row, figures in zip(new, y, read, strict=True):
+        for key, row, figures in zip(group, y, read, strict=True):
             self._remember(key, {"y": row, **figures})
 
     def _unknown(self, masks: Sequence[AnyMask], utility: bool) -> dict[bytes, Mask]:
@@ -313,7 +327,8 @@ class Evaluator:
         return self._known[key]
 
     def _remember(self, key: bytes, figures: dict[str, np.ndarray]) -> None:
-        self._known[key].update(figures)
+        """Keep what is new of a mask; as in the store, the first figure stays."""
+        self._known[key].update({name: value for name, value in figures.items() if name not in self._known[key]})
         if self.store is not None:
             self.store.put(self.part, key, figures)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,6 +23,7 @@ DEFAULT_BATCH_SIZE = 128
 # Attention over a row grows with its square; beyond this length a longer tree costs more than it saves.
 ROW_TOKENS = 448
 ROW_PROMPTS = 64
+PADDING = 0.1  # rows share a pass only where it holds no more than this share of it
 SHARED = -1
 
 
@@ -63,35 +65,81 @@ def pack(
     """
     if batch_size < 1:
         raise SettingError(f"The batch size must be at least 1, not {batch_size}.")
-    longest = max(len(p.context) + max(len(a) for a in p.answers) for p in prompts.prompts)
+    asked = prompts.prompts
+    longest = max(len(p.context) + max(len(a) for a in p.answers) for p in asked)
     tree = share_prefixes and use_tree(model, longest)
-    whole, owner = _owners(prompts.prompts)
+    whole = TokenTree()
+    passed = [_passed(whole, prompt) for prompt in asked]
     if tree:
-        rows = list(_rows(prompts.prompts, min(batch_size, ROW_PROMPTS), ROW_TOKENS))
-        per_batch = max(1, batch_size // ROW_PROMPTS)
-        groups = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
+        rows = _short_rows(passed, min(batch_size, ROW_PROMPTS), max(1, batch_size // ROW_PROMPTS))
+        groups = [[row.prompts for row in group] for group in rows]
     else:
-        groups = [[row] for row in _rows(prompts.prompts, batch_size)]
-    batches, first = [], 0
-    for group in groups:
-        place = partial(_positions, whole=whole, owner=owner, first=first)
-        batches.append(_pack(model, group, tree, place))
-        first += sum(map(len, group))
-    return batches
+        groups = [[range(first, first + batch_size)] for first in range(0, len(asked), batch_size)]
+    place = partial(_positions, whole=whole, owner=_owners(passed))
+    return [
+        _pack(model, [asked[row.start : row.stop] for row in group], tree, partial(place, first=group[0].start))
+        for group in groups
+    ]
 
 
-def _rows(prompts: Sequence[Prompt], size: int, max_tokens: int | None = None) -> Iterator[list[Prompt]]:
-    """Cut a sequence of prompts into runs of at most ``size``, whose trees have at most ``max_tokens`` tokens."""
-    row: list[Prompt] = []
-    tree = TokenTree()
-    for prompt in prompts:
-        _insert(tree, prompt)
-        if row and (len(row) == size or (max_tokens is not None and len(tree) > max_tokens)):
-            yield row
-            row, tree = [], TokenTree()
-            _insert(tree, prompt)
-        row.append(prompt)
-    yield row
+@dataclass(frozen=True)
+class _Row:
+    """Consecutive prompts by their numbers, and how many tokens their tree has."""
+
+    prompts: range
+    tokens: int
+
+
+def _short_rows(passed: Sequence[Collection[int]], size: int, together: int) -> list[list[_Row]]:
+    """The fewest rows that prompts fit in, in groups for one pass each, cut where the fewest tokens are forwarded.
+
+    Parameters
+    ----------
+    passed: per prompt, the nodes of the tree of all prompts that it passes through.
+    size, together: at most so many prompts in a row, and rows in a group.
+    """
+    last: dict[int, int] = {}
+    before = []  # per prompt, who passed its nodes last before it, ascending; -1 for nobody
+    for number, nodes in enumerate(passed):
+        before.append(sorted(last.get(node, -1) for node in nodes))
+        last.update(dict.fromkeys(nodes, number))
+    cuts = [_rows(before, size, ROW_TOKENS)]
+    for limit in range(ROW_TOKENS - 1, 0, -1):  # lower limits leave less padding, and cut elsewhere
+        rows = _rows(before, size, limit)
+        if len(rows) > len(cuts[0]):
+            break
+        cuts.append(rows)
+    return min((_alike(rows, together) for rows in cuts), key=lambda groups: sum(map(_forwarded, groups)))
+
+
+def _rows(before: Sequence[list[int]], size: int, max_tokens: int) -> list[_Row]:
+    """Fill one row after the other; a prompt that is too long for any has one to itself."""
+    rows: list[_Row] = []
+    first = tokens = 0
+    for number, earlier in enumerate(before):
+        new = bisect_left(earlier, first)  # nodes that no prompt of this row has passed
+        if number > first and (number - first == size or tokens + new > max_tokens):
+            rows.append(_Row(range(first, number), tokens))
+            first, tokens, new = number, 0, len(earlier)
+        tokens += new
+    return [*rows, _Row(range(first, len(before)), tokens)]
+
+
+def _alike(rows: Sequence[_Row], size: int) -> list[list[_Row]]:
+    """Groups of at most ``size`` consecutive rows with little padding."""
+    groups = [[rows[0]]]
+    for row in rows[1:]:
+        group = [*groups[-1], row]
+        if len(group) <= size and 1 - sum(one.tokens for one in group) / _forwarded(group) <= PADDING:
+            groups[-1] = group
+        else:
+            groups.append([row])
+    return groups
+
+
+def _forwarded(group: Sequence[_Row]) -> int:
+    """Tokens of a pass, padding included."""
+    return len(group) * max(row.tokens for row in group)
 
 
 def _insert(tree: TokenTree, prompt: Prompt, root: int = -1) -> list[list[int]]:
@@ -108,7 +156,7 @@ def _insert(tree: TokenTree, prompt: Prompt, root: int = -1) -> list[list[int]]:
 
 def _pack(
     model: LanguageModel,
-    rows: list[list[Prompt]],
+    rows: Sequence[Sequence[Prompt]],
     use_trees: bool,
     owners: Callable[[Layout, TokenTree], Tensor],
 ) -> Batch:
@@ -132,22 +180,26 @@ def _pack(
     return Batch(layout, unique, read, torch.tensor(tokens), torch.tensor(answers), prompts, owner)
 
 
-def _owners(prompts: Sequence[Prompt]) -> tuple[TokenTree, list[int]]:
-    """The tree of all prompts, and per node the number of the only prompt that passes through it."""
-    tree = TokenTree()
-    unseen = -2
-    owner: list[int] = []
-    for number, prompt in enumerate(prompts):
-        ends = {steps[-1] for steps in _insert(tree, prompt)}
-        owner += [unseen] * (len(tree) - len(owner))
-        for node in ends:
-            while node >= 0 and owner[node] not in (number, SHARED):
-                owner[node] = number if owner[node] == unseen else SHARED
-                node = tree.parents[node]
-    return tree, owner
+def _passed(tree: TokenTree, prompt: Prompt) -> set[int]:
+    """Add a prompt to the tree; the nodes that it passes through."""
+    nodes: set[int] = set()
+    for *_, node in _insert(tree, prompt):
+        while node >= 0 and node not in nodes:
+            nodes.add(node)
+            node = tree.parents[node]
+    return nodes
 
 
-def _positions(layout: Layout, tree: TokenTree, whole: TokenTree, owner: list[int], first: int) -> Tensor:
+def _owners(passed: Sequence[Collection[int]]) -> dict[int, int]:
+    """Per node, the number of the only prompt that passes through it."""
+    owner: dict[int, int] = {}
+    for number, nodes in enumerate(passed):
+        for node in nodes:
+            owner[node] = SHARED if node in owner else number
+    return owner
+
+
+def _positions(layout: Layout, tree: TokenTree, whole: TokenTree, owner: Mapping[int, int], first: int) -> Tensor:
     """Owners of a batch's positions, numbered from its first prompt, from the owners in the whole tree."""
     nodes: list[int] = []  # of the whole tree, for every node of the batch's
     for token, parent in zip(tree.tokens, tree.parents, strict=True):

@@ -79,7 +79,7 @@ def _continue(model: LanguageModel, requests: list[Request], new_tokens: int, te
     """Continuations of contexts of one length."""
     context = torch.tensor([request.context for request in requests], device=model.input_device)
     generate: Any = model.model.generate
-    with model.arithmetic(), fast_linear(), _own_settings(model, new_tokens):
+    with model.arithmetic(), fast_linear(model.onednn), _own_settings(model, new_tokens):
         tokens = generate(
             input_ids=context,
             attention_mask=torch.ones_like(context),

@@ -53,6 +53,8 @@ class LanguageModel:
         The output head keeps the highest.
     loaded_with: what to call :func:`secateur.load` with to get it again; None for a model made otherwise.
     precision_trial: what ``matmul_precision`` was chosen by, where it was measured.
+    onednn: multiply through oneDNN where that is faster, see :mod:`secateur.models.linear`; switched off to see what
+        it saves.
     usage: tokens forwarded and backwarded so far.
     """
 
@@ -62,6 +64,7 @@ class LanguageModel:
     matmul_precision: MatmulPrecision = "highest"
     loaded_with: dict[str, Any] | None = None
     precision_trial: PrecisionTrial | None = None
+    onednn: bool = True
     usage: TokenUsage = field(default_factory=TokenUsage)
 
     def __post_init__(self) -> None:
@@ -167,7 +170,7 @@ class LanguageModel:
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Last hidden state after the final norm, (batch, tokens, hidden); counts the tokens."""
         self.usage.forward += input_ids.numel()
-        with self.arithmetic(), fast_linear():
+        with self.arithmetic(), fast_linear(self.onednn):
             output = self.model.base_model(
                 input_ids=input_ids.to(self.input_device),
                 position_ids=None if position_ids is None else position_ids.to(self.input_device),
@@ -187,7 +190,7 @@ class LanguageModel:
         bias: Tensor | None = getattr(head, "bias", None)
         hidden = hidden.to(weight.device).float()
         if weight.dtype == torch.float32:
-            with multiplying("highest"), fast_linear():
+            with multiplying("highest"), fast_linear(self.onednn):
                 logits = nn.functional.linear(hidden, weight)
         else:  # chunks keep the fp32 copy of the vocabulary small
             chunks = (nn.functional.linear(hidden, part.float()) for part in weight.split(VOCABULARY_CHUNK))

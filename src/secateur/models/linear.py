@@ -21,9 +21,14 @@ CPU_DESCRIPTION = Path("/proc/cpuinfo")
 
 
 @contextmanager
-def fast_linear() -> Iterator[None]:
-    """Within the context, linear layers with frozen fp32 weights on the CPU take the faster library."""
-    if onednn_is_faster():
+def fast_linear(wanted: bool = True) -> Iterator[None]:
+    """Within the context, linear layers with frozen fp32 weights on the CPU take the faster library.
+
+    Parameters
+    ----------
+    wanted: whether to do so at all.
+    """
+    if wanted and onednn_is_faster():
         with _OneDnnMode():
             yield
     else:
