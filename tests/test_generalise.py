@@ -128,7 +128,7 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
     for row in result["summary"]:
         of = [cell for cell in result["cells"] if cell["relation"] == row["relation"]]
         assert row["pairs"] + row["set_aside"] == len(of)
-    assert result["verdict"].startswith("Of 2 pairs of repair and use with a bias to repair, ")
+    assert result["verdict"].startswith("Of 2 pairs of a repair and a use with a bias, ")
     assert result["verdict"].endswith("None is proven to carry over to a use that it was not fitted on.")
     check_tables(output, result)
     assert "mean 0." in outcome.out  # the overlap
@@ -818,14 +818,14 @@ def test_the_verdict_says_where_repairs_help() -> None:
     home = [*pairs("own", 2, 3, differs=()), *pairs("own", 1, 2, "gates", differs=())]
     away = [*pairs("across", 0, 3), *pairs("across", 1, 2, "gates"), *pairs("joint", 0, 0)]
     said = (
-        "Of 10 pairs of repair and use with a bias to repair, repairs are proven to lower it at home in 3 of 5, "
+        "Of 10 pairs of a repair and a use with a bias, repairs are proven to lower it at home in 3 of 5, "
         "in other domains in 1 of 5."
     )
     assert summed_up(*home, *away) == f"{said} The most carried over: gates (1 of 2)."
     assert summed_up(*pairs("across", 0, 1)).endswith(
         "in 0 of 1. None is proven to carry over to a use that it was not fitted on."
     )
-    assert summed_up(*pairs("own", 0, 0)).startswith("In none of one pair of repair and use could a bias be told")
+    assert summed_up(*pairs("own", 0, 0)).startswith("In none of one pair of a repair and a use could a bias be told")
     rows = summarise("attribution", pairs("own", 0, 1), {("source 0", "target 0"): np.zeros(10)})
     assert "without random masks to compare with nothing is proven" in verdict_of(rows, compared=False)
     assert verdict_of([], compared=True) == "No repair was found that could be judged."

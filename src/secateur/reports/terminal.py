@@ -289,17 +289,17 @@ def generalise_tables(result: GeneraliseResult) -> list[Table]:
 
 
 def _summary_table(result: GeneraliseResult) -> Table:
-    table = Table(title="Mean over pairs with a bias to repair", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title="Over pairs that differ in one thing (+ in more)", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
     table.add_column("where")
-    for name in ("pairs", "with a bias", "proven", "change of B, %", "perplexity, %"):
+    for name in ("pairs", "with a bias", "proven", "mean change of B, %", "median perplexity, %"):
         table.add_column(name, justify="right")
     for row in result.summary:
         change, cost = row.change_percent, row.perplexity_increase
         table.add_row(
             escape(row.method),
             row.place,
-            str(row.pairs),
+            f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
             str(row.biased),
             "" if row.relation == "random" else str(row.proven),
             "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]"),
@@ -343,7 +343,7 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
             )
     for one in result.left_out:
         what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
-        beside = "" if one.random_reduction is None else f", random masks {-one.random_reduction:+.0%}"
+        beside = "" if one.random_reduction is None else f", random masks {0 - one.random_reduction:+.0%}"
         lines.append(
             f"{what}: bias {_change(one.comparison.reduction)} over {len(one.scenarios)} scenarios{beside}; perplexity "
             f"{one.perplexity_increase:+.2%}, {one.over_limit} over the limit"

@@ -84,12 +84,12 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
         each = [row for row in rows if row.relation == how]
         if any(row.biased for row in each):
             found.append(f"{place} in {sum(row.proven for row in each)} of {sum(row.biased for row in each)}")
-    said = f"Of {_counted(biased)} with a bias to repair, repairs are proven to lower it {', '.join(found)}."
+    said = f"Of {_counted(biased)} with a bias, repairs are proven to lower it {', '.join(found)}."
     return f"{said} {_most_carried_over(rows)}".strip()
 
 
 def _counted(pairs: int) -> str:
-    return "one pair of repair and use" if pairs == 1 else f"{pairs} pairs of repair and use"
+    return "one pair of a repair and a use" if pairs == 1 else f"{pairs} pairs of a repair and a use"
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:
