@@ -122,7 +122,7 @@ def test_what_shows_late_ends_one_method_and_not_the_comparison(
         raise NumericalError("not finite")
 
     monkeypatch.setattr(NameAttention, "score", late)
-    monkeypatch.setattr("secateur.studies.compare.examine", destroyed)
+    monkeypatch.setattr("secateur.studies.verdict.examine", destroyed)
     model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
     told = {"utility_text": write_text(tmp_path), "control_suite": None, "max_perplexity_increase": 5}
     result = compare_again(

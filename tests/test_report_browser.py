@@ -70,8 +70,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert secateur.repair(model, suite, output=output["repair"], options=options, **search).mask is not None
     methods = {"methods": ("attribution", "random"), "quick": True}
     secateur.compare(model, suite, output=output["compare"], **methods, **search)
-    uses = [suite, write_suite(directory, hostile_suite("other"), "other")]
-    settings = {"methods": ("attribution",), "options": {"attribution": options}, "modes": ("across",)}
+    other = {**hostile_suite("other"), "attribute": f"other thing {ATTACK}"}
+    uses = [suite, *(write_suite(directory, one, one["name"]) for one in (hostile_suite("more"), other))]
+    each = {"attribution": options, "random": {"heads": 1, "neurons": 4}}
+    settings = {"methods": ("attribution", "random"), "options": each, "modes": ("across", "attributes")}
     secateur.generalise(model, uses, output=output["generalise"], **settings, **{**search, "random_draws": 1})
     decoding = {"decode_tokens": 4, "decode_runs": 3, "utility_tokens": 600}
     secateur.slim(model, None, suite, output=output["slim"], importance="data", **decoding, **told)
@@ -156,6 +158,25 @@ def test_a_report_opens_without_error_or_network_and_fits_its_page(
     ready = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
     print(f"{study}, {width} px, {scheme}: {report.stat().st_size / 1e6:.2f} MB, ready after {ready:.0f} ms")
     assert report.stat().st_size <= MOST_BYTES
+
+
+def test_two_methods_and_two_families_have_one_verdict_and_advice_each(
+    browser: Browser, reports: dict[str, Path]
+) -> None:
+    browser.open(reports["generalise"])
+    result = json.loads((reports["generalise"].parent / "generalise.json").read_text())
+    (verdict,) = browser.all(".verdict")
+    assert verdict.text == result["verdict"]
+    beginnings = [advice.text.split(":")[0] for advice in browser.all(".advice")]
+    for method in ("attribution", "random"):
+        assert f"{method}, thing (en)" in beginnings
+        assert sum(beginning.startswith(f"{method}, other thing") for beginning in beginnings) == 1
+    assert len(beginnings) == 4
+    rows = [row.text for row in browser.all("[aria-label^='What the repairs come to'] tbody tr")]
+    assert len(rows) == len(result["summary"]) >= 4
+    for row, told in zip(rows, result["summary"], strict=True):
+        assert row.startswith(told["method"])
+        assert (" random masks " in row) == (told["relation"] == "random")
 
 
 @pytest.mark.parametrize("study", STUDIES)

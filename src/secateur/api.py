@@ -364,8 +364,9 @@ def generalise(
     Parameters
     ----------
     suites: names of built-in suites, paths of YAML files, or suites; at least two.
-    output: a directory for ``generalise.json``, ``generalise.csv``, ``report.html`` and ``plans/METHOD/SUITE/``, a
-        plan for every use; overwrite: replace it if it exists. A run that was interrupted carries on.
+    output: a directory for ``generalise.json``, ``generalise.csv``, ``overlap.csv``, ``within.csv`` (of the modes that
+        take one scenario at a time), ``report.html`` and ``plans/METHOD/SUITE/``, a plan for every use; overwrite:
+        replace it if it exists. A run that was interrupted carries on.
     ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
     settings: fields of :class:`secateur.GeneraliseSettings`, such as ``methods=("attribution", "random")``.
 
@@ -424,7 +425,8 @@ def generalise(
                 cluster=cluster,
             )
         directory.write_json("generalise.json", result.as_dict())
-        write_text(directory.staging / "generalise.csv", result.csv())
+        for name, text in result.tables().items():
+            write_text(directory.staging / name, text)
         write_text(directory.staging / "report.html", render_generalise(result))
     (directory.target / STATE).unlink(missing_ok=True)
     return result

@@ -388,7 +388,7 @@ def generalise(
         console.print(table)
     for line in generalise_lines(result):
         console.print(escape(line))
-    console.print(f"Written: {escape(str(output))}/generalise.json, generalise.csv, plans, report.html")
+    console.print(f"Written: {escape(str(output))}/generalise.json, tables as .csv, plans, report.html")
 
 
 @app.command()

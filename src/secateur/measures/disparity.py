@@ -57,6 +57,11 @@ class Interval:
         """Standard error that a symmetric 95 % interval of this width stands for."""
         return (self.high - self.low) / (2 * 1.96)
 
+    @property
+    def as_change(self) -> Interval:
+        """A reduction, a share above 0 where something fell, as the change in percent that it is, then below 0."""
+        return Interval(0 - 100 * self.value, 0 - 100 * self.high, 0 - 100 * self.low)
+
     def as_dict(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
 

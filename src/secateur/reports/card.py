@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import secateur
+from secateur.measures.disparity import Interval
 from secateur.models import LanguageModel
 from secateur.models.loading import hub_name, is_hub_id
 from secateur.studies.plan import Plan
@@ -56,6 +57,7 @@ def render_card(model: LanguageModel, plan: Plan, name: str, library: str, here:
         removed=_removed(plan),
         suite=suite,
         figures=_figures(record),
+        measured_on=f"the suite {suite}" if record.get("test") else "the neutral text",
         verdict=record.get("verdict", ""),
         explanation=record.get("explanation", ""),
         command=command_line(record.get("command", [])),
@@ -113,36 +115,36 @@ def _results(record: dict[str, Any], suite: str) -> list[EvalResult]:
 
 def _figures(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table: name, before, after, change with interval. They hold figures alone, no text of a suite."""
-    if not record.get("test") or not record.get("utility"):
-        return []
-    test, utility = record["test"], record["utility"]
-    reduction, increase = test["reduction"], utility["perplexity_increase"]
-    rows: list[tuple[str, ...]] = [
-        (
-            "corrected suite bias B",
-            _between(test["bias_before"]),
-            _between(test["bias_after"]),
-            f"{_fall(reduction['value'])} [{_fall(reduction['high'])}, {_fall(reduction['low'])}]",
-        ),
-        (
-            "perplexity on neutral text",
-            f"{utility['perplexity_before']:.2f}",
-            f"{utility['perplexity_after']:.2f}",
-            f"{increase['value']:+.2%} [{increase['low']:+.2%}, {increase['high']:+.2%}]",
-        ),
-    ]
-    if "random_reduction" in test:
-        rows.append(("bias under random masks of the same size", "", "", _fall(test["random_reduction"]["value"])))
+    test, utility = record.get("test"), record.get("utility")
+    rows: list[tuple[str, ...]] = []
+    if test:
+        change = Interval(**test["reduction"]).as_change
+        rows.append(
+            (
+                "corrected suite bias B",
+                _between(test["bias_before"]),
+                _between(test["bias_after"]),
+                f"{change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]",
+            )
+        )
+    if utility:
+        increase = utility["perplexity_increase"]
+        rows.append(
+            (
+                "perplexity on neutral text",
+                f"{utility['perplexity_before']:.2f}",
+                f"{utility['perplexity_after']:.2f}",
+                f"{increase['value']:+.2%} [{increase['low']:+.2%}, {increase['high']:+.2%}]",
+            )
+        )
+    if test and "random_reduction" in test:
+        change = Interval(**test["random_reduction"]).as_change
+        rows.append(("bias under random masks of the same size", "", "", f"{change.value:+.0f}%"))
     return rows
 
 
 def _between(interval: dict[str, float]) -> str:
     return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
-
-
-def _fall(reduction: float) -> str:
-    """A reduction as the change that it is."""
-    return f"{-reduction:+.0%}"
 
 
 def command_line(told: list[Any]) -> str:

@@ -284,8 +284,28 @@ def compare_lines(result: CompareResult) -> list[str]:
 
 
 def generalise_tables(result: GeneraliseResult) -> list[Table]:
-    """A table per method: the change of B by source and target."""
-    return [_matrix_table(result, name) for name in result.methods]
+    """A table per method: the change of B by source and target; then what they come to."""
+    return [*(_matrix_table(result, name) for name in result.methods), _summary_table(result)]
+
+
+def _summary_table(result: GeneraliseResult) -> Table:
+    table = Table(title="Over pairs that differ in one thing (+ in more)", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method", no_wrap=True)
+    table.add_column("where")
+    for name in ("pairs", "with a bias", "proven", "mean change of B, %", "median perplexity, %"):
+        table.add_column(name, justify="right")
+    for row in result.summary:
+        change, cost = row.change_percent, row.perplexity_increase
+        table.add_row(
+            escape(row.method),
+            row.place,
+            f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
+            str(row.biased),
+            "" if row.relation == "random" else str(row.proven),
+            "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]"),
+            "" if cost is None else f"{100 * cost:+.2f}",
+        )
+    return table
 
 
 def _matrix_table(result: GeneraliseResult, name: str) -> Table:
@@ -310,8 +330,9 @@ def _cell_text(cell: Cell) -> str:
 def generalise_lines(result: GeneraliseResult) -> list[str]:
     """The lines under the tables."""
     lines = [
+        result.verdict,
         "* proven after Holm's correction for all cells, by more than under random masks, within the utility limit; "
-        "in brackets: no bias could be told from chance before. Intervals and reasons are in the report."
+        "in brackets: no bias could be told from chance before. Intervals and reasons are in the report.",
     ]
     for fit in result.fits:
         if fit.status != "chosen":
@@ -322,7 +343,11 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
             )
     for one in result.left_out:
         what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
-        lines.append(f"{what}: bias {_fall(one.comparison.reduction)} over {len(one.scenarios)} scenarios")
+        beside = "" if one.random_reduction is None else f", random masks {0 - one.random_reduction:+.0%}"
+        lines.append(
+            f"{what}: bias {_change(one.comparison.reduction)} over {len(one.scenarios)} scenarios{beside}; perplexity "
+            f"{one.perplexity_increase:+.2%}, {one.over_limit} over the limit"
+        )
     for name in result.methods:
         if (overlap := result.mean_overlap(name)) is not None:
             lines.append(
@@ -335,8 +360,9 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
 
 
-def _fall(reduction: Interval) -> str:
-    return f"{-reduction.value:+.0%} [{-reduction.high:+.0%}, {-reduction.low:+.0%}]"
+def _change(reduction: Interval) -> str:
+    change = reduction.as_change
+    return f"{change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
 
 
 def slim_table(result: SlimResult) -> Table:
@@ -448,7 +474,8 @@ def _compare_lines(result: dict[str, Any]) -> list[str]:
 def _generalise_lines(result: dict[str, Any]) -> list[str]:
     if result.get("format") != GENERALISE_FORMAT:
         raise DataError("The results were written by another version of Secateur; run the study again.")
-    lines = [f"{result['model']}, suites {', '.join(result['suites'])}; change of B, held out:"]
+    lines = [f"{result['model']}, suites {', '.join(result['suites'])}", *([result["verdict"]] * ("verdict" in result))]
+    lines.append("change of B, held out:")
     for cell in result["cells"]:
         change = cell["change_percent"]
         figures = f"{change['value']:+.0f}% [{change['low']:+.0f}%, {change['high']:+.0f}%]"

@@ -10,7 +10,7 @@ import numpy as np
 from secateur.measures.disparity import Interval, Table, interval_of_bias, reduction_replicates, suite_bias
 from secateur.measures.disparity import reduction as reduction_of
 
-Choice = Literal["one repair per use", "repairs can be shared", "leave as it is", "not decided"]
+Choice = Literal["one repair per use", "one repair for all", "repairs can be shared", "leave as it is", "not decided"]
 # A shared repair that loses less than this to the use's own is worth its simplicity.
 MARGIN = 0.1
 
@@ -24,8 +24,10 @@ class Use:
     markers: names of the tables' markers with their groups, so that uses which share some are resampled alike.
     before: y on the test part without a mask.
     own: under the mask that was fitted on the use; None where none may be used, and the use stays as it is.
-    shared: under the masks that were fitted elsewhere, None likewise; empty where none was asked for.
-    joint: whether shared is one mask that was fitted on all other uses together, not one of each.
+    shared: under the one mask that was fitted on all uses together, or else under the masks that were fitted on each
+        other use; None likewise, empty where none was asked for.
+    together: where the plan of the one mask for all lies; empty where shared is not that one.
+    left_out: under the mask that was fitted on all other uses together, if there is one for all.
     """
 
     name: str
@@ -33,7 +35,8 @@ class Use:
     before: Table
     own: Table | None
     shared: list[Table | None]
-    joint: bool = False
+    together: str = ""
+    left_out: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,13 @@ class Advice:
     Attributes
     ----------
     family: what the uses have in common, attribute and language; repairs are shared inside it alone.
-    own, shared: mean reduction over the uses by their own masks and by masks fitted elsewhere.
+    own, shared: mean reduction over the uses by their own masks and by shared ones: the one for all, or those fitted
+        elsewhere.
     difference: own minus shared.
-    uses: names of the uses with a bias to repair, that the means are over.
+    unseen: mean reduction by masks that were fitted on all other uses together, which stands for a use not yet seen;
+        None where there is no one for all.
+    uses: names of the uses with a bias to repair, that the means are over. They are found on the test part.
+    plan: of the one repair for all, where that is advised.
     """
 
     method: str
@@ -55,11 +62,13 @@ class Advice:
     own: Interval | None = None
     shared: Interval | None = None
     difference: Interval | None = None
+    unseen: Interval | None = None
     uses: tuple[str, ...] = ()
+    plan: str = ""
 
 
 def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
-    """Compare own repairs with shared ones on the uses of a family that have a bias to repair.
+    """Compare own repairs with shared ones, or with one for all, on the uses of a family that have a bias to repair.
 
     A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide.
     Where there is no mask, own or shared, the use is left as it is: a reduction of 0. Markers are resampled once for
@@ -78,18 +87,32 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
             f"There is a bias on the test part of {names}, but no repair from elsewhere was judged there; ask for the "
             "mode across or joint, with suites of the same attribute.",
         )
-    points = np.array([_reductions(use, seed) for use in judged])  # (uses, 2)
-    drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (2, replicates)
-    own, shared = (Interval.of(points[:, one].mean(), drawn[one]) for one in (0, 1))
-    difference = Interval.of((points[:, 0] - points[:, 1]).mean(), drawn[0] - drawn[1])
-    choice, reason = _choose(own, shared, difference)
+    points = np.mean([_reductions(use, seed) for use in judged], axis=0)  # (3,)
+    drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (3, replicates)
+    own, shared, unseen = (Interval.of(points[one], drawn[one]) for one in range(3))
+    difference = Interval.of(points[0] - points[1], drawn[0] - drawn[1])
+    plans = {use.together for use in judged}
+    plan = plans.pop() if len(plans) == 1 else ""
+    choice, reason = _choose(own, shared, difference, bool(plan))
     where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
         f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)} on average, "
-        f"one fitted elsewhere by {_percent(shared)}; the difference is {_percent(difference)}."
+        f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_percent(shared)}; the difference is "
+        f"{_percent(difference)}."
     )
-    explanation = f"{reason} {figures} {_what_is_shared(method, judged)}"
-    return Advice(method, family, choice, explanation, own, shared, difference, tuple(use.name for use in judged))
+    more = _of_one_for_all(plan, choice, unseen) if plan else _what_is_shared(method, judged)
+    return Advice(
+        method=method,
+        family=family,
+        choice=choice,
+        explanation=f"{reason} {figures} {more}",
+        own=own,
+        shared=shared,
+        difference=difference,
+        unseen=unseen if plan else None,
+        uses=tuple(use.name for use in judged),
+        plan=f"plans/{plan}" if choice == "one repair for all" else "",
+    )
 
 
 def _nothing_shown(uses: int) -> str:
@@ -99,45 +122,60 @@ def _nothing_shown(uses: int) -> str:
     return f"No bias can be told from chance on {on}, so there is nothing to repair that could be proven."
 
 
-def _choose(own: Interval, shared: Interval, difference: Interval) -> tuple[Choice, str]:
+def _choose(own: Interval, shared: Interval, difference: Interval, one_for_all: bool) -> tuple[Choice, str]:
+    """Parameters: mean reductions and their difference; whether shared is one mask for all uses."""
+    worse = "One repair for all does less" if one_for_all else "Repairs do not carry over"
     if own.high <= 0 and shared.high <= 0:
         return "leave as it is", "Neither lowers the bias."
     if difference.low > 0 and own.low > 0:
-        return "one repair per use", "Repairs do not carry over: make one for every use, as an adapter."
+        return "one repair per use", f"{worse}: make one for every use, as an adapter."
     if difference.low > 0:
-        return "not decided", "Repairs do not carry over, and those of a use's own are not shown to help, either."
+        return "not decided", f"{worse}, and those of a use's own are not shown to help, either."
     if difference.high < MARGIN and shared.low > 0:
+        if one_for_all:
+            return "one repair for all", "One repair for all loses little."
         return "repairs can be shared", "Repairs carry over: one that was fitted on other uses loses little."
     return "not decided", "The figures do not decide; a repair for every use is the safer choice, once it is proven."
 
 
+def _of_one_for_all(plan: str, choice: Choice, unseen: Interval) -> str:
+    """Where the one repair for all is, and what to expect of it elsewhere."""
+    where = f" The one repair for all is plans/{plan} of the run." if choice == "one repair for all" else ""
+    estimate = f"what repairs for all other uses together do is the estimate: {_percent(unseen)}"
+    return f"For a use not yet seen, {estimate}.{where}"
+
+
 def _what_is_shared(method: str, uses: list[Use]) -> str:
     """Which masks "fitted elsewhere" stands for, and where they are."""
-    joint = [use.name for use in uses if use.joint]
-    each, together = "the mean over the repairs for each other use", "the repair for all other uses together"
-    if len(joint) in (0, len(uses)):
-        said = together if joint else each
-    else:
-        said = f"{together} for {', '.join(joint)}, and else {each}"
-    return f"Fitted elsewhere stands for {said}; the masks are under plans/{method} of the run."
+    each, some = "the mean over the repairs for each other use", [use.name for use in uses if use.together]
+    if some:
+        each = f"the one repair for all uses of the same groups for {', '.join(some)}, and else {each}"
+    return (
+        f"Fitted elsewhere stands for {each}; the masks are under plans/{method} of the run. --modes joint would fit "
+        "one repair for all uses of the same groups, where these are three or more."
+    )
 
 
 def _tables(use: Use) -> list[Table]:
-    return [use.before if table is None else table for table in (use.own, *use.shared)]
+    """After, under the own mask, the one fitted on all other uses and the shared ones."""
+    return [use.before if table is None else table for table in (use.own, use.left_out, *use.shared)]
 
 
-def _reductions(use: Use, seed: int) -> tuple[float, float]:
-    """By the own mask, and the mean over the masks from elsewhere."""
+def _reductions(use: Use, seed: int) -> np.ndarray:
+    """By the own mask, the mean over shared ones, and by the one fitted on all other uses, (3,)."""
     before = suite_bias(use.before, seed).corrected
     after = [suite_bias(table, seed).corrected for table in _tables(use)]
-    found = np.clip(reduction_of(before, np.array(after)), -1, 1)
-    return float(found[0]), float(found[1:].mean())
+    return _by_origin(reduction_of(before, np.array(after)))
 
 
 def _replicates(use: Use, seed: int) -> np.ndarray:
-    """The same under resamples, (2, replicates), of markers alike in all uses and of scenarios in each by itself."""
-    found = np.clip(reduction_replicates(use.before, _tables(use), seed, use.markers, use.name), -1, 1)
-    return np.stack([found[0], found[1:].mean(axis=0)])
+    """The same under resamples, (3, replicates), of markers alike in all uses and of scenarios in each by itself."""
+    return _by_origin(reduction_replicates(use.before, _tables(use), seed, use.markers, use.name))
+
+
+def _by_origin(reductions: np.ndarray) -> np.ndarray:
+    clipped = np.clip(reductions, -1, 1)
+    return np.stack([clipped[0], clipped[2:].mean(axis=0), clipped[1]])
 
 
 def _percent(interval: Interval) -> str:

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from secateur.measures.disparity import holm
-from secateur.measures.overlap import overlap
+from secateur.measures.overlap import Overlap, overlap
 from secateur.studies.reach import Agreement
 from secateur.units import Mask, UnitSpace
 from secateur.weights import AnyMask, WeightMask
@@ -23,11 +23,18 @@ def agreements(method: str, masks: Mapping[str, AnyMask], suites: Sequence[str],
     masks: of one method, by source; those of other sources than suites are left out.
     """
     found, units_by_suite = [], units_of({suite: masks[suite] for suite in suites if suite in masks})
+    everywhere = slice(0, space.n_heads), slice(space.n_heads, len(space))
+    layers = [(space.head_slice(layer), space.neuron_slice(layer)) for layer in range(space.n_layers)]
     for (one, a), (other, b) in combinations(units_by_suite.items(), 2):
-        kinds = [[units[units < space.n_heads], units[units >= space.n_heads]] for units in (a, b)]
-        agreement = overlap(kinds[0], kinds[1], (space.n_heads, space.n_neurons))
-        found.append(Agreement(method, one, other, agreement, per_layer(space, np.intersect1d(a, b))))
+        by_layer = [_overlap(a, b, layer) for layer in layers]
+        found.append(Agreement(method, one, other, _overlap(a, b, everywhere), by_layer))
     return found
+
+
+def _overlap(one: np.ndarray, other: np.ndarray, kinds: tuple[slice, slice]) -> Overlap:
+    """Two sets of flat positions side by side, as far as they lie among some heads and neurons."""
+    a, b = ([units[(units >= kind.start) & (units < kind.stop)] for kind in kinds] for units in (one, other))
+    return overlap(a, b, [kind.stop - kind.start for kind in kinds])
 
 
 def layers(masks: Mapping[str, AnyMask], space: UnitSpace) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ from secateur.studies.record import Recorder
 from secateur.units import Mask
 from secateur.weights import AnyMask
 
-Status = Literal["chosen", "over the limit", "no reduction", "no candidate"]
+Status = Literal["chosen", "over the limit", "no reduction", "no candidate", "not finite on test"]
 
 # Under a mask that destroys the model so far that it answers with numbers that are not finite.
 DESTROYED: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from secateur.errors import NumericalError, SettingError
+from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import Comparison, Interval
@@ -22,7 +22,7 @@ from secateur.search.methods import METHODS, Method, method, methods_of
 from secateur.studies.candidates import CandidateRecord, Candidates, Status
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
-from secateur.studies.verdict import Examination, examine, examine_random, find_faults
+from secateur.studies.verdict import Examination, examine_if_finite, examine_random, find_faults
 from secateur.suites import Suite, suite_hash
 from secateur.weights import AnyMask
 
@@ -307,7 +307,7 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
     except SettingError as error:  # what shows only once the prompts are there ends one method, not all
         return _unsuited(chosen, f"{chosen.name}: {error}")
     mask = candidates.choose()
-    test = None if mask is None else _examined(parts, mask, settings.seed, recorder)
+    test = None if mask is None else examine_if_finite(parts, mask, settings.seed, recorder)
     usage, seconds = recorder.usage.copy(), recorder.seconds
     drawing, draws = Recorder(problem.model, progress), list[Comparison]()
     if chosen.name == RANDOM and candidates.records:
@@ -329,14 +329,6 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
         **({} if mask is None else _choice(mask, candidates)),
         **({} if mask is None else _verdict(test, draws, settings.max_perplexity_increase)),
     )
-
-
-def _examined(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Examination | None:
-    """What the test part says; None where the model gives no finite answers there."""
-    try:
-        return examine(parts, mask, seed, recorder)
-    except NumericalError:
-        return None
 
 
 def _choice(mask: AnyMask, candidates: Candidates) -> dict[str, Any]:

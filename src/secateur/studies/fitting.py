@@ -17,13 +17,13 @@ from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Fit
 from secateur.studies.record import Recorder
-from secateur.studies.verdict import examine
+from secateur.studies.relations import Joint
+from secateur.studies.verdict import Examination, examine_if_finite
 from secateur.suites import Suite, suite_hash
 from secateur.suites.joining import joined
 from secateur.units import ActivationMeans, Mask
 from secateur.weights import AnyMask
 
-ALL_BUT = "all but "
 FitKey = tuple[str, str]
 Remember = Callable[[Fit, Plan | None], None]
 
@@ -34,16 +34,17 @@ class Fitting:
 
     Attributes
     ----------
-    joint: targets, each with the suites that one repair is fitted on, to be judged on the target.
+    joint: what repairs for several suites at once are fitted on.
     remembered: fits of an interrupted run with their masks; not made again where the method's settings are the same.
     remember: called with every fit, and its plan, as soon as it is there.
     seen: by source, what it was fitted on and chosen by. means: for mean ablation, the same for all suites.
-    fits, masks: by method and source; no mask where none was chosen.
+    fits, masks: by method and source; no mask where none was chosen, or answers under it are not finite at home.
+    taken_over: those of the fits that an interrupted run made.
     """
 
     model: LanguageModel
     suites: Sequence[Suite]
-    joint: Sequence[tuple[Suite, list[Suite]]]
+    joint: Sequence[Joint]
     settings: StudySettings
     progress: Progress
     store: Store | None = None
@@ -56,6 +57,7 @@ class Fitting:
     means: ActivationMeans | None = field(init=False, default=None)
     fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
     masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
+    taken_over: list[Fit] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.model, self.progress)
@@ -74,19 +76,20 @@ class Fitting:
         return parts
 
     def fit_all(self, chosen: Method) -> None:
-        """Fit a method on every suite and, where that is asked for, on all suites but one."""
+        """Fit a method on every suite and, where that is asked for, on several at once."""
         for suite in self.suites:
             self._fit(chosen, suite.name, self.parts[suite.name])
-        for target, others in self.joint:
-            suite, source = joined(others, f"all-but-{target.name}", self.settings.max_scenarios), ALL_BUT + target.name
-            self._fit(chosen, source, self._prepared(source, suite), judged=False)
+        for joint in self.joint:
+            suite = joined(joint.suites, joint.source.replace(" ", "-"), self.settings.max_scenarios)
+            self._fit(chosen, joint.source, self._prepared(joint.source, suite), joint)
 
-    def _fit(self, chosen: Method, source: str, parts: Parts, judged: bool = True) -> None:
+    def _fit(self, chosen: Method, source: str, parts: Parts, joint: Joint | None = None) -> None:
         """Choose a mask on one source, and judge it there."""
         key = chosen.name, source
         known = self.remembered.get(key)
         if known is not None and known[0].settings == chosen.settings:
             self.fits[key], mask = known
+            self.taken_over.append(known[0])
             if isinstance(mask, Mask):  # its file holds the means of removed units only, and random masks take others
                 mask = replace(mask, means=self.means)
         else:
@@ -96,36 +99,39 @@ class Fitting:
             candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
             candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
             mask = candidates.choose()
-            fit = self._judged_at_home(chosen, source, parts, candidates, mask, recorder, judged)
+            found = None if mask is None else self._examined(parts, mask, recorder, joint)
+            fit = self._record(chosen, source, candidates, mask, found, recorder, joint)
+            mask = mask if fit.status == "chosen" else None
             self.fits[key] = fit
-            self.remember(fit, None if mask is None else self._plan(fit, mask, parts))
+            self.remember(fit, None if mask is None else self._plan(fit, mask, parts, joint))
         if mask is not None:
             self.masks[key] = mask
 
-    def _judged_at_home(
+    def _examined(self, parts: Parts, mask: AnyMask, recorder: Recorder, joint: Joint | None) -> Examination | None:
+        """What a mask does at home, on the test part of the suite and of the text; None where it is not finite."""
+        if joint is not None:  # of no use's own: a few prompts carry the text
+            prompts = parts.test.prompts
+            few = prompts.of_scenarios(prompts.scenarios[:1])
+            parts = replace(parts, test=replace(parts.test, prompts=few))
+        return examine_if_finite(parts, mask, self.settings.seed, recorder)
+
+    def _record(
         self,
         chosen: Method,
         source: str,
-        parts: Parts,
         candidates: Candidates,
         mask: AnyMask | None,
+        found: Examination | None,
         recorder: Recorder,
-        judged: bool,
+        joint: Joint | None,
     ) -> Fit:
         """A fit with its figures on the test part of the text and, if it is a suite's own, of the suite."""
         figures: dict[str, Any] = {}
         if mask is not None:
-            # A joint source has no use of its own to be judged on: a few prompts carry the text.
-            prompts = parts.test.prompts
-            if not judged:
-                few = prompts.of_scenarios(prompts.scenarios[:1])
-                parts = replace(parts, test=replace(parts.test, prompts=few))
-            found = examine(parts, mask, self.settings.seed, recorder)
-            figures = {
-                "heads": mask.heads_removed,
-                "neurons": mask.neurons_removed,
-                "weights": mask.weights_removed,
-                "own": found.comparison if judged else None,
+            figures |= {"heads": mask.heads_removed, "neurons": mask.neurons_removed, "weights": mask.weights_removed}
+        if found is not None:
+            figures |= {
+                "own": found.comparison if joint is None else None,
                 "control": found.control,
                 "perplexity_before": found.perplexity_before,
                 "perplexity_after": found.perplexity_after,
@@ -136,7 +142,7 @@ class Fitting:
             method=chosen.name,
             source=source,
             settings=chosen.settings,
-            status=candidates.status,
+            status=candidates.status if mask is None or found is not None else "not finite on test",
             candidates=candidates.records,
             tokens_forward=recorder.usage.forward,
             tokens_backward=recorder.usage.backward,
@@ -144,8 +150,8 @@ class Fitting:
             **figures,
         )
 
-    def _plan(self, fit: Fit, mask: AnyMask, parts: Parts) -> Plan:
-        """The mask with what is known of it, so that it can be exported for its use."""
+    def _plan(self, fit: Fit, mask: AnyMask, parts: Parts, joint: Joint | None) -> Plan:
+        """The mask with what is known of it, so that it can be verified and exported for its use."""
         suite = parts.select.prompts.suite
         told = {**self.settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
         run = self.recorder.describe(told)
@@ -160,9 +166,10 @@ class Fitting:
             "test": None,
             "utility": None,
         }
-        if fit.own is not None and fit.perplexity_increase is not None:
-            own = fit.own
-            record["test"] = own.as_dict()
+        if joint is not None:
+            record["sources"] = [one.name for one in joint.suites]
+            record["target"] = None if joint.target is None else joint.target.name
+        if fit.perplexity_increase is not None:
             record["utility"] = {
                 "perplexity_before": fit.perplexity_before,
                 "perplexity_after": fit.perplexity_after,
@@ -170,18 +177,29 @@ class Fitting:
             }
             record["verdict"] = "measured"
             record["explanation"] = "Random masks were compared on all uses together; see generalise.json."
+        if fit.own is not None:
+            record["test"] = fit.own.as_dict()
         return Plan(mask, record)
 
     def masks_of(self, method: str) -> dict[str, AnyMask]:
         """A method's masks by source."""
         return {source: mask for (name, source), mask in self.masks.items() if name == method}
 
+    @property
+    def notes(self) -> list[str]:
+        """What came of masks that could not be judged, in sentences."""
+        return [
+            f"{fit.method}: under the repair for {fit.source}, answers on its own test part, the text or the control "
+            "suite are not finite; it is left out."
+            for fit in self.fits.values()
+            if fit.status == "not finite on test"
+        ]
+
     def describe(self) -> dict[str, Any]:
         """The record of the run; what finished before an interruption belongs to the cost, too."""
         suites = {suite.name: suite_hash(suite) for suite in self.suites}
         told = {**self.settings.as_dict(), "suite_hash": ", ".join(suites.values())}
         run = self.recorder.describe(told)
-        before = [fit for key, fit in self.fits.items() if key in self.remembered]
         for name in ("tokens_forward", "tokens_backward", "seconds"):
-            run[name] += sum(getattr(fit, name) for fit in before)
+            run[name] += sum(getattr(fit, name) for fit in self.taken_over)
         return {**run, "suite_hashes": suites}

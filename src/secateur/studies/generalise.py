@@ -20,7 +20,8 @@ from secateur.studies.judging import Judging
 from secateur.studies.leave_one_out import LeftOut
 from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
-from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, relation
+from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, joint_sources, relation
+from secateur.studies.summary import verdict_of
 from secateur.suites import Suite
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask, WeightMask
@@ -39,8 +40,9 @@ class GeneraliseSettings(StudySettings):
     ----------
     methods: names of the methods. options: their settings by method.
     modes: what to look at. Pairs of suites, by what they differ in: "languages", "attributes", or else the domain,
-        "across"; "joint": fitted on all suites of the same groups but one, and judged on that one; "specific": fitted
-        on one scenario and judged on it; "within": fitted on all scenarios of a suite but one, and judged on that one.
+        "across"; "joint": fitted on all suites of the same groups but one, and judged on that one, and on all of them,
+        as one repair for all; "specific": fitted on one scenario and judged on it; "within": fitted on all scenarios of
+        a suite but one, and judged on that one.
     random_draws: random masks that are judged on every target, of the size of the largest repair judged there; without
         any, nothing is proven.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
@@ -160,7 +162,7 @@ def generalise(
     fitting = Fitting(
         model,
         suites,
-        _joint(suites, settings),
+        joint_sources(suites) if "joint" in settings.modes else [],
         settings,
         progress or Progress(),
         store,
@@ -176,6 +178,7 @@ def generalise(
     cells = judging.with_holm([cell for name in masks for cell in judged.judge(name)])
     names = [suite.name for suite in suites]
     agreements = [one for name, of in masks.items() for one in agreement.agreements(name, of, names, space)]
+    summary = [one for name in masks for one in judged.summary(name, [cell for cell in cells if cell.method == name])]
     advice = [one for name in masks for one in judged.advice(name)]
     left_out = [one for chosen in methods for one in _leave_out(fitting, chosen, settings)]
     return GeneraliseResult(
@@ -183,21 +186,17 @@ def generalise(
         suites=list(suites),
         limit=settings.max_perplexity_increase,
         control_suite=settings.control_suite,
+        verdict=verdict_of(summary, compared=settings.random_draws > 0),
+        summary=summary,
         fits=list(fitting.fits.values()),
         cells=cells,
         agreements=agreement.with_holm(agreements),
         layers={name: agreement.layers(of, space) for name, of in masks.items()},
         left_out=leave_one_out.with_holm(left_out),
         advice=advice,
-        notes=[*notes(suites, settings), *judged.notes, *_notes_of_masks(masks, settings)],
+        notes=[*notes(suites, settings), *fitting.notes, *judged.notes, *_notes_of_masks(masks, settings)],
         run=fitting.describe(),
     )
-
-
-def _joint(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[tuple[Suite, list[Suite]]]:
-    """Every target of the joint mode with the suites to fit on."""
-    families = joint_families(suites) if "joint" in settings.modes else []
-    return [(one, [other for other in family if other is not one]) for family in families for one in family]
 
 
 def _leave_out(fitting: Fitting, chosen: Method, settings: GeneraliseSettings) -> list[LeftOut]:
@@ -216,12 +215,15 @@ def _one_by_one(settings: GeneraliseSettings) -> list[str]:
 
 def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
     """What a reader should know of the suites, in sentences."""
-    kinds = sorted({scenario.measure.kind for suite in suites for scenario in suite.scenarios})
-    said = []
-    if len(kinds) > 1:
+    said, by_measures = [], dict[str, list[str]]()
+    for suite in suites:
+        kinds = sorted({scenario.measure.kind for scenario in suite.scenarios})
+        by_measures.setdefault(" and ".join(kinds), []).append(suite.name)
+    if len(by_measures) > 1:
+        which = "; ".join(f"{kinds} in {', '.join(names)}" for kinds, names in by_measures.items())
         said.append(
-            f"The suites hold different measures ({', '.join(kinds)}); B stands in units of the spread within groups, "
-            "so reductions of B can be set side by side, gaps cannot."
+            f"The suites hold different measures: {which}. B is standardised by the spread within groups, so "
+            "reductions of B can be set side by side; gaps cannot."
         )
     if "joint" in settings.modes:
         inside = {suite.name for family in joint_families(suites) for suite in family}
@@ -234,7 +236,8 @@ def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
     if foreign and settings.utility_text is None:
         said.append(
             f"Perplexity is measured on English text, for suites in {', '.join(foreign)}, too, where a repair may cost "
-            "more than it shows; give text of the language with --utility-text."
+            "more than it shows; so nothing is proven of repairs from and for these. Give text of the language with "
+            "--utility-text."
         )
     return said
 

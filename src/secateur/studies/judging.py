@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from secateur.measures.disparity import Interval, Table, compare, holm, p_value, suite_bias
+from secateur.measures.disparity import Interval, Table, compare, holm, p_value, reduction_replicates, suite_bias
 from secateur.measures.disparity import reduction as reduction_of
 from secateur.measures.splits import NOTHING_SEEN
 from secateur.studies.advice import Advice, Use, advise
-from secateur.studies.fitting import ALL_BUT, Fitting
-from secateur.studies.reach import Cell
+from secateur.studies.fitting import Fitting
+from secateur.studies.reach import Cell, Summary
 from secateur.studies.relations import Mode, Relation, differences, family_of, relation
+from secateur.studies.summary import summarise
 from secateur.suites import Suite
 from secateur.weights import AnyMask, WeightMask
 
+BUILT_IN_LANGUAGE = "en"  # of the built-in text
 LEAST_TO_JUDGE = 5  # markers of every group, unless the whole test part has fewer
 
 
@@ -98,8 +101,9 @@ class Judging:
             how = relation(suite, target)
             if how == "own" or how in self.modes:
                 asked.append((suite.name, how))
-        if any(one.name == target.name for one, _ in self.fitted.joint):
-            asked.append((ALL_BUT + target.name, "joint"))
+        for joint in self.fitted.joint:
+            if any(one.name == target.name for one in joint.targets):
+                asked.append((joint.source, joint.relation))
         return asked
 
     def _cell(self, name: str, source: str, target: Suite, how: Relation, random: list[Table]) -> Cell:
@@ -123,8 +127,14 @@ class Judging:
             change=found.change,
             perplexity_increase=fit.perplexity_increase,
             over_limit=fit.over_limit,
+            foreign_text=self._foreign_text(home or target, target),
             largest_random=self._largest_reduction(before, [_cut(after, rows, keep) for after in random]),
         )
+
+    def _foreign_text(self, home: Suite, target: Suite) -> bool:
+        """Whether the text is the built-in one, in another language than a suite; a user's own is taken to be right."""
+        languages = {home.language, target.language}
+        return self.fitted.settings.utility_text is None and languages != {BUILT_IN_LANGUAGE}
 
     def _largest_reduction(self, before: Table, afters: list[Table]) -> float | None:
         """The largest reduction of B under several masks; None without any."""
@@ -175,8 +185,31 @@ class Judging:
         each = [(int((keep & (groups == group)).sum()), int((groups == group).sum())) for group in np.unique(groups)]
         return bool(rows) and all(kept >= min(LEAST_TO_JUDGE, whole) for kept, whole in each)
 
+    def summary(self, name: str, cells: Sequence[Cell]) -> list[Summary]:
+        """What a method's repairs do by what a target differs in; ``cells`` are those of the method."""
+        return summarise(name, cells, self._replicates(name, cells))
+
+    def _replicates(self, name: str, cells: Sequence[Cell]) -> dict[tuple[str, str], np.ndarray]:
+        """Of the reductions in cells with a bias, (replicates,) by source and target; alike drawn in all of them."""
+        targets = {target.name: target for target in self.fitted.suites}
+        asked = [cell for cell in cells if cell.relation != "random" and cell.bias_shown]
+        alike = dict[tuple[Any, ...], list[Cell]]()  # those that are judged on the same share one resampling
+        for cell in asked:
+            rows, keep = self._unseen(cell.source, targets[cell.target])
+            alike.setdefault((cell.target, *rows, keep.tobytes()), []).append(cell)
+        found = dict[tuple[str, str], np.ndarray]()
+        for inside in alike.values():
+            target = inside[0].target
+            rows, keep = self._unseen(inside[0].source, targets[target])
+            before = _cut(self._before(targets[target]), rows, keep)
+            afters = [_cut(self.after[name, cell.source, target], rows, keep) for cell in inside]
+            markers = self._marker_names(targets[target], keep)
+            drawn = reduction_replicates(before, afters, self._seed, markers, target)
+            found |= {(cell.source, target): one for cell, one in zip(inside, drawn, strict=True)}
+        return found
+
     def advice(self, name: str) -> list[Advice]:
-        """For every family of uses: repairs of their own, or shared ones."""
+        """For every family of uses: repairs of their own, shared ones, or one for all."""
         uses = {target.name: self._use(name, target) for target in self.fitted.suites}
         left_out = [target for target, use in uses.items() if use is None]
         if left_out:
@@ -193,12 +226,15 @@ class Judging:
     def _use(self, name: str, target: Suite) -> Use | None:
         """A suite with its own and shared repairs, side by side on what none has seen; None where that is too little.
 
-        A repair that breaks the utility limit, or under which answers are not finite, is none.
+        Shared is the one repair for all uses where it was asked for, else those for the other uses. A repair that
+        breaks the utility limit, or under which answers are not finite, is none.
         """
-        sources = [one for one in self._sources(target) if one[1] in ("joint", "across")]
-        joint = [source for source, how in sources if how == "joint"]
-        shared = joint or [source for source, _ in sources]
-        unseen = [self._unseen(source, target) for source in (target.name, *shared)]
+        by_relation: dict[Relation, list[str]] = {}
+        for source, how in self._sources(target):
+            by_relation.setdefault(how, []).append(source)
+        together, left_out = by_relation.get("together", []), by_relation.get("joint", [])
+        shared = together or by_relation.get("across", [])
+        unseen = [self._unseen(source, target) for source in (target.name, *shared, *left_out)]
         rows = sorted(set.intersection(*(set(rows) for rows, _ in unseen)))
         keep = np.all([keep for _, keep in unseen], axis=0)
         if not self._enough(target, rows, keep):
@@ -215,7 +251,8 @@ class Judging:
             before=_cut(self._before(target), rows, keep),
             own=under(target.name),
             shared=[under(source) for source in shared],
-            joint=bool(joint),
+            together=self.fitted.fits[name, together[0]].name if together else "",
+            left_out=under(left_out[0]) if left_out else None,
         )
 
     def _marker_names(self, target: Suite, keep: np.ndarray) -> tuple[str, ...]:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.disparity import Comparison, Table, compare, corrected_choice, holm, p_value
+from secateur.measures.disparity import (
+    Comparison,
+    Interval,
+    Table,
+    compare,
+    corrected_choice,
+    holm,
+    p_value,
+    reduction,
+    statistics,
+    suite_bias,
+)
 from secateur.scoring.base import UnitKind
 from secateur.search.base import Problem
 from secateur.search.combining import RULES
@@ -20,6 +32,30 @@ from secateur.units import ActivationMeans, Mask
 
 # Shares of a kind's units that are tried; on a model of 46,080 neurons these are 128, 32 and 8.
 SHARES: dict[UnitKind, tuple[float, ...]] = {"neurons": (0.0028, 0.0007, 0.0002), "heads": (0.015, 0.0075, 0.0037)}
+NO_CHANGE = Interval(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class OneScenario:
+    """What the mask for one scenario does to it, on the test part.
+
+    Attributes
+    ----------
+    units: removed; 0 where no count lowered the bias within the limit.
+    perplexity_increase: on the test part of the text. over_limit: whether that breaks the utility limit.
+    select_perplexity_increase: on the select part of the text, which the count was chosen on, too.
+    smd_before, smd_after, gap_before, gap_after: signed; see :mod:`secateur.measures.disparity`.
+    """
+
+    id: str
+    units: int
+    perplexity_increase: Interval
+    over_limit: bool
+    select_perplexity_increase: float
+    smd_before: float
+    smd_after: float
+    gap_before: float
+    gap_after: float
 
 
 @dataclass(frozen=True)
@@ -30,11 +66,10 @@ class LeftOut:
     ----------
     mode: "specific": fitted on the scenario; "within": on all the others of the suite.
     rule: how the scores of several scenarios were combined; empty for one.
-    scenarios: those that were judged; not one on which the model gives no finite answers.
-    units: removed for each; 0 where no count lowered the bias within the limit.
-    select_perplexity_increase: mean over these scenarios, on the select part of the text, which the count was chosen
-        on, too; without a mask it is 0.
+    scenarios: those that were judged, one by one; not one under whose mask the model gives no finite answers.
     comparison: B over these scenarios, each under its own mask.
+    random_reduction: of B over the same scenarios, each under one random mask of the size of its own; None where under
+        one of those the model gives no finite answers.
     p_holm: of no change; corrected for all such figures of a run by :func:`with_holm`.
     """
 
@@ -42,11 +77,24 @@ class LeftOut:
     suite: str
     mode: str
     rule: str
-    scenarios: list[str]
-    units: list[int]
-    select_perplexity_increase: float
+    scenarios: list[OneScenario]
     comparison: Comparison
+    random_reduction: float | None
     p_holm: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Mean over the scenarios, on the test part of the text; without a mask it is 0."""
+        return float(np.mean([one.perplexity_increase.value for one in self.scenarios]))
+
+    @property
+    def over_limit(self) -> int:
+        """How many masks break the utility limit there."""
+        return sum(one.over_limit for one in self.scenarios)
+
+    def as_dict(self) -> dict[str, Any]:
+        """One entry of ``left_out`` in ``generalise.json``."""
+        return {**asdict(self), "perplexity_increase": self.perplexity_increase, "over_limit": self.over_limit}
 
 
 def with_holm(found: Sequence[LeftOut]) -> list[LeftOut]:
@@ -69,7 +117,8 @@ def leave_one_out(
     Every scenario of the fit part is scored once. Units of one kind, neurons where the method scores them, are removed
     by one scenario's scores or by the combined scores of several; a unit that one of them has no score for stays. Their
     number is that one of three which leaves the least bias on the select part of the scenarios that were fitted, within
-    the limit. Judged is the test part of the scenario in question: new markers, and for "within" a new situation, too.
+    the limit. Judged is the test part of the scenario in question: new markers, and for "within" a new situation, too;
+    beside it, one random mask of the same size for every scenario.
 
     Parameters
     ----------
@@ -105,8 +154,10 @@ class _Run:
         self.counts = sorted({max(1, round(share * total)) for share in SHARES[self.kind]})
         select = parts.select
         self.whole = select.on(select.prompts, None)
-        # Measures perplexity, so that a mask reads the text once, however many scenarios are asked about.
-        self.reader = select.on(select.prompts.of_scenarios(self.numbers[:1]), select.text)
+        # These measure perplexity, so that a mask reads a text once, however many scenarios are asked about.
+        few = self.numbers[:1]
+        self.reader = select.on(select.prompts.of_scenarios(few), select.text)
+        self.test_reader = parts.test.on(parts.test.prompts.of_scenarios(few), parts.test.text)
         ranks = [self._rank(fit.on(fit.prompts.of_scenarios([number]), fit.text)) for number in self.numbers]
         self.ranks = np.stack(ranks)  # (scenarios, units of the kind)
 
@@ -129,8 +180,8 @@ class _Run:
         combine: Callable[[np.ndarray, int], np.ndarray],
     ) -> LeftOut | None:
         """Choose a mask for every scenario from others, and put the scenarios' test rows together."""
-        befores, afters, units, costs, names = [], [], [], [], []
-        suite = self.parts.select.prompts.suite
+        found, states = [], list[tuple[Table, Table, Table | None]]()
+        suite, rng = self.parts.select.prompts.suite, np.random.default_rng(self.settings.seed + 1)
         what = f"{self.chosen.name}, {mode} {rule}".strip()
         with self.recorder.step(f"{what}: {suite.name}", len(judged)) as advance:
             for scenario in judged:
@@ -138,28 +189,58 @@ class _Run:
                 test = self._of(self.parts.test, scenario)
                 before = test.evaluate(None).table
                 after = before if mask is None else _measured(test, mask)
+                cost = NO_CHANGE if mask is None else self._cost(mask)
+                random = before if mask is None else _measured(test, mask.random_like(rng))
                 advance(1)
-                if after is None:
+                if after is None or cost is None:
                     continue
-                befores.append(before)
-                afters.append(after)
-                costs.append(increase)
-                units.append(0 if mask is None else mask.heads_removed + mask.neurons_removed)
-                names.append(suite.scenarios[scenario].id)
-        if not names:
+                units = 0 if mask is None else mask.heads_removed + mask.neurons_removed
+                found.append(self._one(suite.scenarios[scenario].id, units, cost, increase, before, after))
+                states.append((before, after, random))
+        if not found:
             return None
+        befores, afters, randoms = zip(*states, strict=True)
         comparison = compare(_stacked(befores), _stacked(afters), self.settings.seed)
         return LeftOut(
             method=self.chosen.name,
             suite=suite.name,
             mode=mode,
             rule=rule,
-            scenarios=names,
-            units=units,
-            select_perplexity_increase=float(np.mean(costs)),
+            scenarios=found,
             comparison=comparison,
+            random_reduction=self._reduction(befores, randoms),
             p_holm=p_value(comparison.change),
         )
+
+    def _one(
+        self, name: str, units: int, cost: Interval, select_cost: float, before: Table, after: Table
+    ) -> OneScenario:
+        one, other = statistics(before), statistics(after)
+        return OneScenario(
+            id=name,
+            units=units,
+            perplexity_increase=cost,
+            over_limit=cost.value > self.settings.max_perplexity_increase,
+            select_perplexity_increase=select_cost,
+            smd_before=float(one["smd"][0]),
+            smd_after=float(other["smd"][0]),
+            gap_before=float(one["gap"][0]),
+            gap_after=float(other["gap"][0]),
+        )
+
+    def _cost(self, mask: Mask) -> Interval | None:
+        """Perplexity on the test part of the text under a mask; None where it is not finite."""
+        if _measured(self.test_reader, mask, utility=True) is None:
+            return None
+        return self.test_reader.perplexity_increase(mask, self.settings.seed)
+
+    def _reduction(self, befores: Sequence[Table], afters: Sequence[Table | None]) -> float | None:
+        """Of B over scenarios; None where one of them is not known after."""
+        known = [after for after in afters if after is not None]
+        if len(known) < len(afters):
+            return None
+        before, after = (suite_bias(_stacked(tables), self.settings.seed).corrected for tables in (befores, known))
+        return float(reduction(before, after))
 
     def _choose(
         self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]
@@ -199,5 +280,5 @@ def _measured(part: Evaluator, mask: Mask, *, utility: bool = False) -> Table | 
     return None if found is None else found.table
 
 
-def _stacked(tables: list[Table]) -> Table:
+def _stacked(tables: Sequence[Table]) -> Table:
     return Table(np.concatenate([table.y for table in tables]), tables[0].groups)

@@ -72,7 +72,8 @@ class Plan:
 
         Parameters
         ----------
-        suite: another than the plan's, or None for it. Of another, what the plan has :meth:`seen` is to be left out.
+        suite: another than the plan's, or None for it; of a plan that was fitted on all suites of a family but one,
+            None is that one. Of another than the plan's, what the plan has :meth:`seen` is to be left out.
         settings: of a study; a seed, dealing or utility text that is None or missing becomes the plan's.
 
         Raises
@@ -82,7 +83,12 @@ class Plan:
         """
         told = self.record.get("settings", {})
         if suite is None:
-            name = self.record.get("suite")
+            name = self.record.get("target") or self.record.get("suite")
+            if "sources" in self.record and self.record.get("target") is None:
+                sources = ", ".join(self.record["sources"])
+                raise SettingError(
+                    f"The plan was made for several suites; name the one to test on (--suite): {sources}."
+                )
             if name is None:
                 raise SettingError("The plan does not say what suite it was made for; name one (--suite).")
             try:

@@ -9,15 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval
+from secateur.measures.disparity import Comparison, Interval
 from secateur.measures.overlap import Overlap
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
 from secateur.studies.relations import Relation
+from secateur.studies.verdict import faults_of
 from secateur.suites import Suite
 
 GENERALISE_FORMAT = "secateur-generalise-3"
+PLACES: dict[Relation, str] = {
+    "own": "at home",
+    "across": "in other domains",
+    "attributes": "for other attributes",
+    "languages": "in other languages",
+    "joint": "on the use left out of a joint fit",
+    "together": "as one repair for all uses",
+    "random": "random masks",
+}
+BIASES = ("before", "after", "reduction", "change")
+FOREIGN_TEXT = "perplexity is of a text in another language"
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class Cell:
         largest draw.
     perplexity_increase: under the mask, on the test part of the text; None for random masks.
     over_limit: whether that breaks the utility limit.
+    foreign_text: whether source or target are in another language than the text, so that the limit says nothing of it.
     largest_random: the largest reduction by random masks on the same scenarios and markers; None where none were
         judged, and nothing is proven.
     p_holm: of no change, corrected for all cells.
@@ -102,6 +115,7 @@ class Cell:
     change: Interval
     perplexity_increase: Interval | None = None
     over_limit: bool = False
+    foreign_text: bool = False
     largest_random: float | None = None
     p_holm: float = 1.0
 
@@ -113,8 +127,12 @@ class Cell:
     @property
     def change_percent(self) -> Interval:
         """The change of B in percent of B before, below 0 where the bias fell, as reports show it."""
-        found = self.reduction
-        return Interval(0 - 100 * found.value, 0 - 100 * found.high, 0 - 100 * found.low)
+        return self.reduction.as_change
+
+    @property
+    def differs_in_one(self) -> bool:
+        """Whether the target differs from the source in one thing at most, so that the effect is that thing's."""
+        return len(self.differs) <= 1
 
     @property
     def interval(self) -> str:
@@ -124,25 +142,13 @@ class Cell:
     @property
     def faults(self) -> list[str]:
         """What keeps a repair from being proven, in words."""
-        faults = []
-        if not self.bias_shown:
-            faults.append("no bias shown")
-        if self.change.value >= 0:
-            faults.append("did not fall")
-        elif self.reduction.low <= 0 or self.p_holm >= SIGNIFICANT:
-            faults.append("may be chance")
-        if self.largest_random is None:
-            faults.append("no random masks judged")
-        elif self.reduction.value <= self.largest_random:
-            faults.append("random masks do as well")
-        if self.over_limit:
-            faults.append("over the limit")
-        return faults
+        found = faults_of(self.before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
+        return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
     @property
     def proven(self) -> bool:
         """Whether there was a bias, it fell, all cells taken into account, by more than under every random mask, and
-        perplexity kept to the limit."""
+        perplexity kept to the limit, on a text of its language."""
         return self.relation != "random" and not self.faults
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,19 +159,51 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What one method's repairs do where one thing differs, over all pairs of source and target.
+
+    Attributes
+    ----------
+    pairs: that were judged and differ in one thing at most. set_aside: judged, but they differ in more.
+    biased: pairs with a bias before the repair that can be told from chance on what they are judged on.
+    proven: of these, how many are.
+    change_percent: mean change of B over the biased pairs, in percent of B before; None without any.
+    interval: what its ends are: "95 %" bootstrap over markers, drawn alike in all suites, and scenarios, drawn in each
+        by itself, for these pairs and masks; of random masks the smallest and the largest draw.
+    perplexity_increase: median over the repairs of these pairs; None for random masks.
+    """
+
+    method: str
+    relation: Relation
+    pairs: int
+    set_aside: int
+    biased: int
+    proven: int
+    change_percent: Interval | None
+    interval: str
+    perplexity_increase: float | None
+
+    @property
+    def place(self) -> str:
+        """Where the repairs were judged, in words."""
+        return PLACES[self.relation]
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far two sources lead to the same units, and in which layers.
 
     Attributes
     ----------
-    by_layer: units in both, (layers,). p_holm: corrected for all pairs of sources.
+    by_layer: the same within every layer, (layers,), beside chance for sets of the sizes that they have there.
+    p_holm: corrected for all pairs of sources.
     """
 
     method: str
     one: str
     other: str
     found: Overlap
-    by_layer: list[int]
+    by_layer: list[Overlap]
     p_holm: float = 1.0
 
 
@@ -175,6 +213,8 @@ class GeneraliseResult:
 
     Attributes
     ----------
+    verdict: where repairs are proven to help, in a sentence or two.
+    summary: one row per method and thing that differs.
     fits: one per method and source. cells: one per method, source and target.
     agreements: of every two suites' units. layers: units by method and source, heads and neurons together, (layers,).
     left_out: the modes "specific" and "within".
@@ -186,6 +226,8 @@ class GeneraliseResult:
     suites: list[Suite]
     limit: float
     control_suite: str | None
+    verdict: str
+    summary: list[Summary]
     fits: list[Fit]
     cells: list[Cell]
     agreements: list[Agreement]
@@ -224,15 +266,22 @@ class GeneraliseResult:
             "suites": [suite.name for suite in self.suites],
             "limit": self.limit,
             "control_suite": self.control_suite,
+            "verdict": self.verdict,
+            "summary": [asdict(one) for one in self.summary],
             "fits": [asdict(fit) for fit in self.fits],
             "cells": [cell.as_dict() for cell in self.cells],
             "agreements": [asdict(one) for one in self.agreements],
             "layers": self.layers,
-            "left_out": [asdict(one) for one in self.left_out],
+            "left_out": [one.as_dict() for one in self.left_out],
             "advice": [asdict(one) for one in self.advice],
             "notes": self.notes,
             "run": self.run,
         }
+
+    def tables(self) -> dict[str, str]:
+        """Comma-separated values by the name of their file: the cells, and what else there is."""
+        others = {"overlap.csv": self._overlap_rows(), "within.csv": self._within_rows()}
+        return {"generalise.csv": self.csv(), **{name: _csv(rows) for name, rows in others.items() if rows}}
 
     def csv(self) -> str:
         """The cells as comma-separated values, one line each."""
@@ -249,3 +298,44 @@ class GeneraliseResult:
             tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, cell.proven)
             writer.writerow([*head, cell.markers, cell.scenarios, *figures, *tail, "; ".join(told["faults"])])
         return text.getvalue()
+
+    def _overlap_rows(self) -> list[dict[str, Any]]:
+        """Two repairs a line: over all layers, and in every layer where one of them removes something."""
+        rows = []
+        for one in self.agreements:
+            layers = [(str(layer), found, None) for layer, found in enumerate(one.by_layer) if found.union]
+            for layer, found, p_holm in [("all", one.found, one.p_holm), *layers]:
+                pair = {"method": one.method, "one": one.one, "other": one.other, "layer": layer}
+                rows.append({**pair, **asdict(found), "p_holm": p_holm})
+        return rows
+
+    def _within_rows(self) -> list[dict[str, Any]]:
+        """The modes "specific" and "within": one line per set of scenarios, and one for each of them."""
+        rows = []
+        for one in self.left_out:
+            ends = _ends({name: getattr(one.comparison, name) for name in BIASES})
+            head = {"method": one.method, "suite": one.suite, "mode": one.mode, "rule": one.rule}
+            whole = {"random_reduction": one.random_reduction, "p_holm": one.p_holm}
+            rows.append({**head, "scenario": "all", **ends, **whole})
+            for each in one.scenarios:
+                smd = {"smd_before": each.smd_before, "smd_after": each.smd_after}
+                gap = {"gap_before": each.gap_before, "gap_after": each.gap_after}
+                cost = {**_ends({"perplexity_increase": each.perplexity_increase}), "over_limit": each.over_limit}
+                rows.append({**head, "scenario": each.id, "units": each.units, **smd, **gap, **cost})
+        return rows
+
+
+def _ends(figures: dict[str, Interval | None]) -> dict[str, float | None]:
+    """Columns of intervals: value, low and high of each; empty where there is none."""
+    ends = ("value", "low", "high")
+    return {f"{name}_{end}": getattr(found, end, None) for name, found in figures.items() for end in ends}
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """Rows as comma-separated values under the names of all their columns."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

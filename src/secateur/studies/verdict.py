@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval, Table, compare
+from secateur.errors import NumericalError
+from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval, Table, compare
 from secateur.studies.parts import Parts
 from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
@@ -15,6 +16,14 @@ from secateur.weights import AnyMask
 Verdict = Literal["verified", "not verified"]
 VERIFIED: Verdict = "verified"
 NOT_VERIFIED: Verdict = "not verified"
+
+# What keeps a reduction on test from being proven.
+NO_BIAS = "no bias shown"
+DID_NOT_FALL = "did not fall"
+CHANCE = "may be chance"
+NO_RANDOM = "no random masks judged"
+LIKE_RANDOM = "random masks do as well"
+OVER_LIMIT = "over the limit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +73,14 @@ def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Exami
     )
 
 
+def examine_if_finite(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Examination | None:
+    """The same; None where the model gives no finite answers under the mask, so that one mask ends no study."""
+    try:
+        return examine(parts, mask, seed, recorder)
+    except NumericalError:
+        return None
+
+
 def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder: Recorder) -> list[Comparison]:
     """The bias on test under masks of the same size, drawn at random; without those that leave no finite answers."""
     rng = np.random.default_rng(seed + 1)
@@ -110,20 +127,49 @@ def _change(reduction: Interval) -> str:
 
 
 def find_faults(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> list[str]:
-    """What keeps a reduction on test from being proven, in words.
+    """What keeps a reduction on test from being proven, in sentences with their figures.
 
     Parameters
     ----------
-    random: the same under random masks of the same size; none where they were not measured.
+    random: the same under random masks of the same size; none where they were not measured, which is no fault here.
     """
-    reduction, faults = comparison.reduction, []
-    if comparison.before.low <= 0:
-        faults.append(f"the bias before the repair ({comparison.before}) cannot be told from chance on the test part")
-    if reduction.low <= 0:
-        faults.append(f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect")
-    best_random = max((draw.reduction.value for draw in random), default=-np.inf)
-    if reduction.value <= best_random:
-        faults.append(f"a random mask of the same size did as well ({best_random:.0%})")
-    if increase.value > limit:
-        faults.append(f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%")
+    before, reduction = comparison.before, comparison.reduction
+    most = max((draw.reduction.value for draw in random), default=None)
+    no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
+    sentences = {
+        NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part",
+        DID_NOT_FALL: no_effect,
+        CHANCE: no_effect,
+        LIKE_RANDOM: "" if most is None else f"a random mask of the same size did as well ({most:.0%})",
+        OVER_LIMIT: f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%",
+    }
+    found = faults_of(before, reduction, most, increase.value > limit)
+    return [sentences[fault] for fault in found if fault != NO_RANDOM]
+
+
+def faults_of(
+    before: Interval, reduction: Interval, most_random: float | None, over_limit: bool, p_value: float = 0.0
+) -> list[str]:
+    """What keeps a reduction on test from being proven, in a few words each; the one rule of all studies.
+
+    Parameters
+    ----------
+    before: B before the repair. reduction: of B.
+    most_random: the largest reduction under random masks; None where none were measured.
+    over_limit: whether perplexity rose by more than the limit.
+    p_value: of no change, corrected, where several reductions are judged at once.
+    """
+    faults = []
+    if before.low <= 0:
+        faults.append(NO_BIAS)
+    if reduction.value <= 0:
+        faults.append(DID_NOT_FALL)
+    elif reduction.low <= 0 or p_value >= SIGNIFICANT:
+        faults.append(CHANCE)
+    if most_random is None:
+        faults.append(NO_RANDOM)
+    elif reduction.value <= most_random:
+        faults.append(LIKE_RANDOM)
+    if over_limit:
+        faults.append(OVER_LIMIT)
     return faults
