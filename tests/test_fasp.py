@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from secateur.measures.disparity import Table
 from secateur.models.restart import Entries, recorded, restarted
 from secateur.scoring.attribution import disparity
 from secateur.scoring.fasp import Fasp, HeadRemovals, reliability
-from secateur.search.base import Outcome
+from secateur.search.base import Outcome, Problem
 from secateur.search.protected import Protected, protected_selection
 from secateur.units import Mask, UnitSpace, masked
 
@@ -190,6 +191,15 @@ def test_a_head_without_which_nothing_is_finite_is_not_scored(monkeypatch: pytes
     monkeypatch.setattr(Evaluator, "evaluate", evaluate)
     rank = ALL.score(fit_of()).rank
     assert np.flatnonzero(np.isnan(rank[: LAYERS * HEADS])).tolist() == [3]
+
+
+def test_a_search_is_told_of_the_best_so_far() -> None:
+    fit, said = fit_of(), list[str]()
+    problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None), limit=9.0, status=said.append)
+    scores = problem.score(ALL)
+    assert len(said) == ALL.work(fit) == 1 + LAYERS * HEADS
+    least = min(float(np.nanmin(scores.mean_bias)), float(scores.unpruned_bias[0]))
+    assert said[-1].startswith(f"best so far D {least:.2f} at ")
 
 
 def test_reliability_is_that_of_the_spearman_brown_formula() -> None:

@@ -75,12 +75,14 @@ def test_noise_is_not_believed_and_what_is_measured_without_noise_is() -> None:
 
 
 def test_states_near_the_best_at_any_price_count() -> None:
-    states = np.eye(4, dtype=bool)
+    states = np.eye(5, dtype=bool)
     limit = np.log1p(0.02)
-    survey = survey_with(states, np.array([0.05, 0.5, 1.0, 1.0]), np.array([3 * limit, 0.3 * limit, 0.0, 4.5 * limit]))
-    weights = survey.nearness(survey.learnt(prior_of(items=4), np.ones(4)))
+    gaps, limits = np.array([0.05, 0.5, 1.0, 1.0, 0.0]), np.array([3, 0.3, 0, 4.5, 50])
+    survey = survey_with(states, gaps, limits * limit)
+    weights = survey.nearness(survey.learnt(prior_of(items=5), np.ones(5)))
     assert (weights[:3] > 0.9).all(), "the least biased, the cheapest, and one between"
     assert weights[3] < 0.2
+    assert weights[4] < 0.01, "a model that is destroyed may well be without bias"
 
 
 def test_luck_does_not_make_the_best_look_better_than_they_are() -> None:
@@ -103,7 +105,7 @@ def test_luck_does_not_make_the_best_look_better_than_they_are() -> None:
             )
             for state in states
         ]
-        energies = np.array([one.bias for one in survey.found]) / before
+        energies = np.array([one.gaps.disparity for one in survey.found]) / before
         weights = {"as believed": None, "as measured": 1 / (1 + ((energies - energies.min()) / NEAR) ** 2)}
         for name, one in weights.items():
             beliefs = survey.beliefs(prior) if one is None else survey.learnt(prior, one)

@@ -43,21 +43,6 @@ class Measured:
     increase: Estimate
     units: int
 
-    @property
-    def bias(self) -> float:
-        """D on all of fit, without what chance adds to it."""
-        return self.gaps.disparity
-
-    @property
-    def cost(self) -> float:
-        """See :func:`cost_of`."""
-        return cost_of(self.increase)
-
-
-def cost_of(increase: Estimate) -> float:
-    """The increase, at least 0: a fall on a few windows of text is luck."""
-    return max(0.0, float(increase.value))
-
 
 @dataclass(frozen=True, eq=False)
 class Prior:
@@ -90,7 +75,7 @@ class Beliefs:
     ----------
     gaps, increases: posteriors over the items' coefficients, of (items, pairs * scenarios) and (items, 1).
     states: bool (states, items). bias, cost, units: of each, (states,); of what a measurement says beyond the
-        linear model that share is believed which chance does not explain.
+        linear model that share is believed which chance does not explain, and all of a cost far over the limit.
     """
 
     gaps: Posterior
@@ -186,7 +171,7 @@ class Survey:
 
         def energies(found: Measurement) -> np.ndarray:
             gaps, increase = draw.estimates(found)
-            return self.energies(gaps.disparity, cost_of(increase))
+            return self.energies(gaps.disparity, max(0.0, float(increase.value)))  # a fall on so little text is luck
 
         masks = [self.problem.mask(self.units_of(state)) for state in states]
         self.spent += len(states) * self.race.share
@@ -227,7 +212,11 @@ class Survey:
         expected = prior.effect[:, None] * start / self.before
         scale = _scales([removed @ expected], gaps - start, weights, MOST_EFFECT)[0]
         of_gaps = learn(removed, gaps, start, scale * expected, weights)
-        increases = np.minimum([[float(one.increase.value)] for one in self.found], pareto.MOST_LIMITS * self.limit)
+        measured, beyond = (
+            np.array([[float(one.increase.value)] for one in self.found]),
+            pareto.MOST_LIMITS * self.limit,
+        )
+        increases = np.minimum(measured, beyond)
         kinds = [np.where(kind, prior.damage, 0.0)[:, None] for kind in (prior.heads, ~prior.heads)]
         scales = _scales([removed @ kind for kind in kinds], increases, weights, np.inf)
         damage = sum(scale * kind for scale, kind in zip(scales, kinds, strict=True))
@@ -241,7 +230,7 @@ class Survey:
             increases=of_increases,
             states=removed,
             bias=np.sqrt((believed_gaps**2).mean(axis=1)),
-            cost=np.maximum(0.0, cost),
+            cost=np.where(measured[:, 0] > beyond, measured[:, 0], np.maximum(0.0, cost)),
             units=np.array([one.units for one in self.found]),
         )
 
