@@ -1,20 +1,29 @@
 """Print the held-out hypervolume (bias, perplexity) that four searches reach with the same number of evaluations.
 
 Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--store FILE]``. Every
-search measures that many masks on draws of the fit part of one size: all scenarios, some markers, some windows of text
-(``fasp`` one mask per head); what attribution and the unpruned model's answers to all of fit cost before ``annealing``
-begins is taken off its masks. Each search proposes up to twenty masks. Those that no other proposal of the search
-dominates on select are measured on test, in the order of what they cost on select: for every price that a user would
-pay, the one taken is the last in this order that keeps to it on test. The hypervolume is the area between the unpruned
-model's bias and that of the masks taken, over prices from none to the worst that counts, as a share of the whole. A
-store lets a run that was stopped go on; tokens and seconds are then those since.
+search measures at most that many masks on draws of the fit part of one size: all scenarios, some markers, some windows
+of text (``fasp`` one mask per head and draw); what attribution and the unpruned model's answers to all of fit cost
+before ``annealing`` begins is taken off its masks. Each search proposes up to twenty masks: those of the Pareto front
+of all that it has measured which together dominate most, half of them within the utility limit, by one rule
+(:func:`secateur.search.pareto.promising`); ``fasp``, which measures single heads alone, those that its rule combines.
+Random search differs from ``annealing`` in which masks are measured, and knows no attribution; draws from turn to turn
+and what is believed of measured masks are the same.
+
+What is taken is decided on select: for every price from none to the worst that counts, the proposal of the least bias
+there among those whose perplexity there rises by no more, or none where none lowers the bias. What it is worth is told
+by test: the bias that it takes away there, in full where its perplexity there keeps to the price; where it rises by
+more, the share price / increase counts, as if the mask served so many of the requests that the price is kept on
+average. The hypervolume is what is taken away over all prices, as a share of the unpruned model's bias.
+
+A store lets a run that was stopped go on; tokens and seconds are then those since.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +33,19 @@ import numpy as np
 
 import secateur
 from secateur.errors import NumericalError
+from secateur.evaluation.evaluator import Evaluator
 from secateur.evaluation.store import Store
 from secateur.measures.disparity import corrected_square
 from secateur.measures.utility import WINDOW
 from secateur.progress import Advance
 from secateur.search import pareto
 from secateur.search.annealing import Annealing
+from secateur.search.attention_pruning import EPSILONS
 from secateur.search.base import Outcome, Problem, Selection
+from secateur.search.draw import Draw
 from secateur.search.methods import method
 from secateur.search.protected import protected_selection
-from secateur.search.survey import Survey
+from secateur.search.survey import Prior, Survey
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
@@ -42,7 +54,9 @@ WORST = 0.10
 PROPOSALS = 20
 EVERYTHING = 1000  # scenarios
 LEAST = 24  # evaluations to search with
-# What a search pays for a mask, and for how many: alike for all, and so not to be set for one.
+TRIES = 100  # at a mask that was not drawn before
+SEARCHES = ("annealing", "attention-pruning", "fasp", "random-search")
+# What a search pays for a mask, and for how many, and what it proposes: alike for all, and so not to be set for one.
 PRICED = (
     "evaluations",
     "markers",
@@ -52,28 +66,61 @@ PRICED = (
     "seeds",
     "finalists",
     "proposed",
+    "front",
     "epsilon",
+    "seed",
 )
 
 
 @dataclass(frozen=True)
-class Point:
-    """What a mask does: corrected bias B, and the relative increase of perplexity."""
+class Budget:
+    """What a search may measure: so many masks, on draws of so many markers per group and windows of neutral text."""
 
-    bias: float
+    evaluations: int
+    markers: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a mask does.
+
+    Attributes
+    ----------
+    square: corrected B^2 before the root, negative below the noise: the root, 0 for all of these, would let one that
+        was lucky shut out all that cost more. increase: of perplexity, relative.
+    """
+
+    square: float
     increase: float
 
+    @property
+    def bias(self) -> float:
+        return float(max(0.0, self.square) ** 0.5)
 
-def hypervolume(points: list[Point], before: float, worst: float) -> float:
-    """Share of bias times price that is taken away by points in the order of what they were expected to cost."""
+
+def hypervolume(pairs: list[tuple[Point, Point]], before: float, worst: float) -> float:
+    """The share of bias that is taken away, over prices from 0 to ``worst``.
+
+    Parameters
+    ----------
+    pairs: on select and on test, the masks of the front on select, the cheapest first.
+    before: B of the unpruned model on test.
+    """
     if before <= 0:
         return float("nan")
-    prices = sorted({max(0.0, point.increase) for point in points if point.increase < worst})
+    prices = [min(worst, max(0.0, select.increase)) for select, _ in pairs]
     area = 0.0
-    for price, next_price in zip(prices, [*prices[1:], worst], strict=True):
-        taken = [point for point in points if point.increase <= price][-1]
-        area += (before - taken.bias) * (next_price - price)
+    for (_, test), price, next_price in zip(pairs, prices, [*prices, worst][1:], strict=True):
+        kept = kept_share(test.increase, price, next_price)
+        area += kept and kept * (before - test.bias)
     return area / (before * worst)
+
+
+def kept_share(increase: float, low: float, high: float) -> float:
+    """The integral over prices from ``low`` to ``high`` of the share of requests that keeps to them, at most 1."""
+    paid = min(high, max(low, increase))  # from here on all
+    return high - paid + (0.0 if paid == low else (paid**2 - low**2) / (2 * increase))
 
 
 @contextmanager
@@ -81,23 +128,71 @@ def quietly(name: str, total: int) -> Iterator[Advance]:
     yield lambda done: None
 
 
-def proposed(problem: Problem, name: str, options: dict[str, Any], seed: int) -> list[Selection]:
-    """What a method proposes when every proposal keeps to the limit, so that all are seen."""
-    chosen = method(name, options).seeded(seed)
+def settings_of(name: str, problem: Problem, budget: Budget) -> dict[str, Any]:
+    """What a search is told, so that it keeps to the budget.
+
+    Raises
+    ------
+    SystemExit: the budget is too small for it.
+    """
+    draw, heads = {"markers": budget.markers, "windows": budget.windows}, problem.space.n_heads
+    evaluations, least = budget.evaluations, LEAST
+    if name == "annealing":
+        price = price_of_attribution(problem, budget)
+        evaluations, least = evaluations - price, price + LEAST
+        told = {"evaluations": evaluations, "finalists": PROPOSALS, **draw}
+    elif name == "attention-pruning":
+        # Its finalists are measured, too: for each epsilon so many.
+        finalists, least = PROPOSALS // 2, LEAST + PROPOSALS // 2 * len(EPSILONS)
+        evaluations -= finalists * len(EPSILONS)
+        told = {"evaluations": evaluations, "finalists": finalists, "front": PROPOSALS, "window_tokens": WINDOW, **draw}
+    elif name == "fasp":
+        least = heads
+        told = {"seeds": evaluations // heads, "scenarios": EVERYTHING, "window_tokens": WINDOW, **draw}
+    else:
+        told = {"evaluations": evaluations, "finalists": PROPOSALS, **draw}
+    if budget.evaluations < least:
+        raise SystemExit(f"{name} needs at least {least} evaluations, not {budget.evaluations}.")
+    return told
+
+
+def price_of_attribution(problem: Problem, budget: Budget) -> int:
+    """In evaluations: the unpruned model on all of fit, a pass forward and one backward, which is worth two."""
+    draw = Draw.staggered(problem.fit, budget.markers, budget.windows, 0).part
+    return round(4 * problem.fit.tokens / draw.tokens)
+
+
+def described(name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """All settings of a search, with those that it was not told."""
+    if name != "random-search":
+        return method(name, settings).seeded(seed).settings
+    used = ("evaluations", "rounds", "markers", "windows", "neurons", "block", "finalists", "seed")
+    return {key: value for key, value in Annealing(seed=seed, **settings).model_dump().items() if key in used}
+
+
+def find(name: str, problem: Problem, settings: dict[str, Any], seed: int) -> list[Selection]:
+    """What a search proposes."""
+    if name == "random-search":
+        return random_search(problem, Annealing(seed=seed, **settings))
+    if name == "fasp":
+        return protected_heads(problem, settings, seed)
+    chosen = method(name, settings).seeded(seed)
     proposals = chosen.search.proposals(problem, chosen.scorer)
     found: list[Selection] = []
     try:
         selection = next(proposals)
-        while len(found) < PROPOSALS:
+        while True:
             found.append(selection)
-            selection = proposals.send(Outcome(0.0, 0.0, True))
+            selection = proposals.send(Outcome(0.0, 0.0, True))  # each keeps to the limit, so that all are seen
     except StopIteration:
-        pass
-    return found
+        return found
 
 
 def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
-    """The front of masks drawn at random: up to a twentieth of the heads, and of neurons as many as annealing may."""
+    """Masks drawn at random: up to a twentieth of the heads, and of neurons as many as annealing may.
+
+    They are measured on draws that change from turn to turn, and believed in, as those of annealing.
+    """
     rng, space = np.random.default_rng(settings.seed), problem.space
     order = rng.permutation(np.arange(space.n_heads, space.n_heads + space.n_neurons))
     blocks = [order[i : i + settings.block] for i in range(0, len(order), settings.block)]
@@ -105,55 +200,75 @@ def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
     survey = Survey(problem, items, settings.markers, settings.windows, settings.seed)
     heads, most = space.n_heads, (space.n_heads // 20, settings.neurons // settings.block)
     states: dict[bytes, np.ndarray] = {}
-    while len(states) < settings.evaluations:
+    for _ in range(TRIES * settings.evaluations):
+        if len(states) == settings.evaluations:
+            break
         counts = [int(np.exp(rng.uniform(0, np.log(2 + one)))) - 1 for one in most]
         removed = [
             *rng.choice(heads, counts[0], replace=False),
-            *(heads + rng.choice(len(blocks), counts[1], replace=False)),
+            *(heads + rng.choice(len(blocks), min(counts[1], len(blocks)), replace=False)),
         ]
         if removed:
             state = np.isin(np.arange(len(items)), removed)
             states[state.tobytes()] = state
-    survey.measure(list(states.values()))
-    points = np.array([[one.bias, one.cost] for one in survey.found])
-    worst = (survey.before, float(np.log1p(WORST)))
-    taken = pareto.greedy(points, pareto.front(points), PROPOSALS, worst)
-    return [Selection.of_units(survey.units_of(survey.found[number].state), space, {}) for number in taken]
+    for turn, drawn in enumerate(np.array_split(np.array(list(states.values())), 1 + settings.rounds)):
+        survey.turn(turn)
+        survey.measure(list(drawn))
+    nothing = np.zeros(len(items))
+    believed = survey.beliefs(Prior(nothing, nothing, np.arange(len(items)) < heads))
+    taken = believed.finalists(settings.finalists, survey.before, survey.limit)
+    return [Selection.of_units(survey.units_of(believed.states[one]), space, believed.figures(one)) for one in taken]
 
 
-def protected_heads(problem: Problem, options: dict[str, Any], seed: int) -> list[Selection]:
+def protected_heads(problem: Problem, settings: dict[str, Any], seed: int) -> list[Selection]:
     """fasp: one head and more, of those that perplexity does not need, at two of the published protections."""
-    scorer = method("fasp", options).seeded(seed).scorer
+    scorer = method("fasp", settings).seeded(seed).scorer
     values, heads = problem.score(scorer).values, problem.space.n_heads
     found = {}
     for count in range(1, PROPOSALS // 2 + 1):
         for gamma in (0.3, 0.7):
             removed = protected_selection(values["bias"], values["log_perplexity"], gamma, count / heads)
-            found[tuple(sorted(removed.tolist()))] = Selection("heads", removed, {"gamma": gamma})
+            if len(removed):
+                found[tuple(sorted(removed.tolist()))] = Selection("heads", removed, {"gamma": gamma})
     return list(found.values())
 
 
-def price_of_attribution(problem: Problem, settings: Annealing) -> int:
-    """In evaluations: the unpruned model on all of fit, a pass forward and one backward, which is worth two."""
-    draw = Survey(problem, [], settings.markers, settings.windows, settings.seed).draw.part
-    return round(4 * problem.fit.tokens / draw.tokens)
-
-
 def held_out(parts: Parts, masks: list[AnyMask], seed: int) -> list[tuple[Point, Point]]:
-    """On select and on test, the masks that no other dominates on select, in the order of what they cost there."""
+    """On select and on test, the masks that lower the bias on select and that no other dominates there.
 
-    def point(evaluator: Any, mask: AnyMask) -> Point:
-        try:
-            found = evaluator.evaluate(mask, utility=True)
-        except NumericalError:
-            return Point(float("inf"), float("inf"))
-        bias = max(0.0, corrected_square(found.table, seed)) ** 0.5
-        return Point(bias, evaluator.perplexity(mask) / evaluator.perplexity() - 1)
+    The cheapest on select comes first, and the last has the least bias there.
+    """
+    before = corrected_square(parts.select.evaluate(None, utility=True).table, seed)
+    seen = [(mask, point(parts.select, mask, seed)) for mask in masks]
+    seen = [(mask, one) for mask, one in seen if one.square < before]
+    front = pareto.front(np.array([[one.square, one.increase] for _, one in seen]).reshape(-1, 2))
+    order = sorted(front, key=lambda number: seen[number][1].increase)
+    return [(seen[number][1], point(parts.test, seen[number][0], seed)) for number in order]
 
-    seen = [point(parts.select, mask) for mask in masks]
-    front = pareto.front(np.array([[one.bias, one.increase] for one in seen])) if seen else []
-    order = sorted(front, key=lambda number: seen[number].increase)
-    return [(seen[number], point(parts.test, masks[number])) for number in order]
+
+def point(evaluator: Evaluator, mask: AnyMask, seed: int) -> Point:
+    try:
+        found = evaluator.evaluate(mask, utility=True)
+    except NumericalError:
+        return Point(float("inf"), float("inf"))
+    return Point(corrected_square(found.table, seed), evaluator.perplexity(mask) / evaluator.perplexity() - 1)
+
+
+def told_apart(pairs: list[str], searches: list[str]) -> dict[str, dict[str, str]]:
+    """Settings by search from texts METHOD.KEY=VALUE.
+
+    Raises
+    ------
+    ValueError: says which cannot be set.
+    """
+    told: dict[str, dict[str, str]] = {name: {} for name in searches if name != "random-search"}
+    for pair in pairs:
+        setting, _, value = pair.partition("=")
+        name, _, key = setting.partition(".")
+        if name not in told or key in PRICED:
+            raise ValueError(f"{setting} cannot be set; settings of {', '.join(told)} can, but for {', '.join(PRICED)}")
+        told[name][key] = value
+    return told
 
 
 def main() -> None:
@@ -166,56 +281,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="of neutral text, in the draw")
     parser.add_argument("--utility-tokens", type=int, default=6144)
     parser.add_argument("--matmul-precision", default="highest")
-    parser.add_argument("--methods", default="annealing,attention-pruning,fasp,random-search")
+    parser.add_argument("--methods", default=",".join(SEARCHES))
     parser.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE")
     parser.add_argument("--store", type=Path)
     options = parser.parse_args()
+    searches = options.methods.split(",")
+    if not set(searches) <= set(SEARCHES):
+        parser.error(f"the searches are {', '.join(SEARCHES)}")
+    try:
+        told = told_apart(options.set, searches)
+    except ValueError as error:
+        parser.error(str(error))
+    budget = Budget(options.evaluations, options.markers, options.windows)
     model = secateur.load(matmul_precision=options.matmul_precision)
     store = None if options.store is None else Store(options.store, model.fingerprint)
-    draw = {"markers": options.markers, "windows": options.windows}
-    heads = secateur.UnitSpace.of(model).n_heads
-    search = {"evaluations": options.evaluations, **draw}
-    told: dict[str, dict[str, Any]] = {
-        "annealing": {**search, "finalists": PROPOSALS},
-        "attention-pruning": {
-            **search,
-            "evaluations": options.evaluations - 2 * PROPOSALS,  # its finalists are measured, too
-            "finalists": PROPOSALS // 2,  # for each of four epsilons, and half of them proposed
-            "proposed": PROPOSALS // 4,
-            "window_tokens": WINDOW,
-        },
-        "fasp": {
-            "seeds": max(1, options.evaluations // heads),
-            "scenarios": EVERYTHING,
-            "window_tokens": WINDOW,
-            **draw,
-        },
-    }
-    for pair in options.set:
-        setting, value = pair.split("=", 1)
-        name, key = setting.split(".", 1)
-        if name not in told or key in PRICED:
-            parser.error(f"{setting} cannot be set; settings of {', '.join(told)} can, but for {', '.join(PRICED)}")
-        told[name][key] = value
-
-    def random_masks(problem: Problem, seed: int) -> list[Selection]:
-        return random_search(problem, Annealing(seed=seed, **search))
-
-    def annealed(problem: Problem, seed: int) -> list[Selection]:
-        price = price_of_attribution(problem, Annealing(seed=seed, **search))
-        left = options.evaluations - price
-        if left < LEAST:
-            raise SystemExit(f"attribution costs {price} evaluations, so at least {price + LEAST} are needed")
-        return proposed(problem, "annealing", {**told["annealing"], "evaluations": left}, seed)
-
-    def of(name: str) -> Callable[[Problem, int], list[Selection]]:
-        return lambda problem, seed: proposed(problem, name, told.get(name, {}), seed)
-
-    def protected(problem: Problem, seed: int) -> list[Selection]:
-        return protected_heads(problem, told["fasp"], seed)
-
-    special = {"random-search": random_masks, "annealing": annealed, "fasp": protected}
-    searches = {name: special.get(name) or of(name) for name in options.methods.split(",")}
     volumes: dict[str, list[float]] = {name: [] for name in searches}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         settings = StudySettings(seed=seed, control_suite=None, utility_tokens=options.utility_tokens)
@@ -223,16 +302,18 @@ def main() -> None:
         parts = Parts.prepare(model, secateur.load_suite(options.suite), settings, store)
         before = max(0.0, corrected_square(parts.test.evaluate(None, utility=True).table, seed)) ** 0.5
         print(f"seed {seed}: B {before:.2f} on test", flush=True)
-        for name, run in searches.items():
+        for name in searches:
             problem = parts.problem(settings, recorder)
             problem.step = quietly
+            chosen = {**settings_of(name, problem, budget), **told.get(name, {})}
+            print(f"  {name}: {json.dumps(described(name, chosen, seed))}", flush=True)
             spent, start = model.usage.copy(), time.perf_counter()
-            masks = [problem.mask_of(selection) for selection in run(problem, seed)]
+            masks = [problem.mask_of(selection) for selection in find(name, problem, chosen, seed)]
             searched, used = time.perf_counter() - start, model.usage.since(spent)
             pairs = held_out(parts, masks, seed)
-            volumes[name].append(hypervolume([test for _, test in pairs], before, WORST))
-            inside = [(select, test) for select, test in pairs if select.increase <= settings.max_perplexity_increase]
-            best = inside[-1][1] if inside else None  # along the front the last has the least bias on select
+            volumes[name].append(hypervolume(pairs, before, WORST))
+            inside = [test for select, test in pairs if select.increase <= settings.max_perplexity_increase]
+            best = inside[-1] if inside else None  # along the front the last has the least bias on select
             print(
                 f"  {name:<18} hypervolume {volumes[name][-1]:.3f}  {len(masks):3} proposals, "
                 f"{len(pairs):2} on the front; {used.forward:>9,} tokens forward, {used.backward:>7,} backward, "

@@ -21,6 +21,7 @@ from secateur.scoring.attribution import Attribution
 from secateur.scoring.fasp import Fasp
 
 SEEDS = 3
+KEPT = 1 << 30  # bytes for states between masks
 
 
 def cost(model: secateur.LanguageModel, work: Callable[[], object]) -> tuple[TokenUsage, float]:
@@ -68,7 +69,7 @@ def main() -> None:
         scenarios=len(prompts.scenarios),
         windows=max(1, options.windows // SEEDS),
     )
-    pool = Evaluator(model, prompts, text)
+    pool = Evaluator(model, prompts, text, walk_bytes=KEPT)
     theirs, their_time = cost(model, lambda: fasp.score(pool))
     report("fasp, passes begun at the head's layer", theirs, their_time)
     whole, one_time = cost(model, lambda: read_once(pool, fasp))

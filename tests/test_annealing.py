@@ -22,7 +22,7 @@ from secateur.evaluation import Evaluator
 from secateur.measures.prompts import PromptDraw
 from secateur.scoring.attribution import disparity
 from secateur.scoring.sampled_masks import SampledMasks
-from secateur.scoring.surrogate import Quality, Surrogate, draw_states, train
+from secateur.scoring.surrogate import Quality, Surrogate, _fit, draw_states, train
 from secateur.search.attention_pruning import SurrogateAnnealing, best_states
 from secateur.search.base import Outcome, Problem
 from secateur.search.chains import WALK_STEPS, Annealed, Energy, _temperature, anneal
@@ -72,9 +72,23 @@ def test_quality_is_told_by_masks_that_training_has_not_seen() -> None:
     changed = measured.copy()
     changed[held] += 100
     one, other = train(removed, measured, seed=3), train(removed, changed, seed=3)
-    torch.testing.assert_close(one.inward, other.inward)
-    assert one.base == other.base
-    assert other.quality.r2 < one.quality.r2
+    kept = np.setdiff1d(np.arange(50), held)
+    alone = [
+        _fit(torch.from_numpy(removed[kept]).float(), torch.from_numpy(y[kept]).float(), 3, 64, 400)
+        for y in (measured, changed)
+    ]
+    for whole, part, y in zip((one, other), alone, (measured, changed), strict=True):
+        predicted = part.predict(torch.from_numpy(removed[held])).numpy()
+        assert whole.quality.r2 == pytest.approx(1 - ((predicted - y[held]) ** 2).mean() / y[held].var(), rel=1e-3)
+
+
+def test_what_was_held_out_to_tell_the_quality_is_learnt_in_the_end() -> None:
+    removed, held = np.eye(40) > 0, np.random.default_rng(3).permutation(40)[:8]
+    measured = np.zeros(40)
+    measured[held] = 1  # seen in no other mask
+    predicted = train(removed, measured, seed=3).predict(torch.eye(40)).numpy()
+    assert predicted[held].min() > 0.9
+    assert np.delete(predicted, held).max() < 0.1
 
 
 def test_a_constant_has_no_quality_to_tell() -> None:
@@ -182,7 +196,7 @@ class Recording(Energy):
 def test_chains_begin_where_they_are_told_to_after_the_walk_that_sets_their_temperature() -> None:
     start, energy = torch.zeros(50, 12, dtype=torch.bool), Recording()
     anneal(energy, 12, (0, 12), steps=1, start=start, seed=3)
-    first = energy.counts[1 + WALK_STEPS]  # after the start itself and the steps of the walk
+    first = energy.counts[2 + WALK_STEPS]  # after the start and the steps of the walk, and the start again
     assert (energy.counts[WALK_STEPS] > 1).any()
     assert (first == 1).all()
 
@@ -225,7 +239,9 @@ def test_sampled_masks_are_measured_as_plain_evaluations_do(pruned: bool, mean: 
     assert (scores.removed.sum(axis=1) <= 3).all()
     assert np.isnan(scores.rank[UNITS:]).all()
     assert np.isfinite(scores.rank[:UNITS]).all()
-    assert "it was not trained on" in scores.notes[0]
+    assert "trained on the others alone" in scores.notes[0]
+    assert scores.unpruned_bias == pytest.approx(disparity(plain.evaluate(mask).table), rel=1e-3)
+    assert scores.unpruned_log_perplexity == pytest.approx(math.log(plain.perplexity(mask)), rel=1e-4)
 
 
 def test_work_is_what_is_reported() -> None:
@@ -243,8 +259,8 @@ def test_bounds_that_nothing_keeps_to_are_refused(options: dict[str, int]) -> No
 def test_the_best_distinct_states_are_proposed_in_the_order_of_their_energy() -> None:
     removed = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 1]]).bool()
     found = Annealed(removed, torch.tensor([0.2, 0.5, 0.2, 0.1]), 1.0, 0.5)
-    assert best_states(found, 2) == [[1, 2], [0]]
-    assert best_states(found, 9) == [[1, 2], [0], [1]]
+    assert best_states(found, 2) == [(1, 2), (0,)]
+    assert best_states(found, 9) == [(1, 2), (0,), (1,)]
 
 
 def test_proposals_keep_to_the_bounds_and_come_once() -> None:
@@ -282,6 +298,51 @@ def test_of_the_finalists_those_go_on_that_measure_best_and_search_is_what_is_fo
     energy = 0.9 * bias / scores.bias.std() + 0.1 * log_perplexity / scores.log_perplexity.std()
     best = [others[number].tolist() for number in np.argsort(energy)[:2]]
     assert [one.removed.tolist() for one in found] == best
+
+
+def test_a_front_is_of_all_that_was_measured() -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None), limit=10.0)
+    options = {"chains": 20, "steps": 50, "finalists": 3}
+    found = list(SurrogateAnnealing(**options, front=9).proposals(problem, SMALL))
+    annealed = SurrogateAnnealing(**options, proposed=3).proposals(problem, SMALL)
+    scores = SMALL.score(fit)
+    states = {tuple(one.removed.tolist()) for one in annealed} | {tuple(np.flatnonzero(s)) for s in scores.removed}
+    bias, log_perplexity = SMALL.measure(fit, [problem.mask(state) for state in states])
+    points = np.column_stack([bias, np.maximum(0, log_perplexity - scores.unpruned_log_perplexity)])
+    front = {state for state, one in zip(states, points, strict=True) if not any((points < one).all(axis=1))}
+    assert 1 <= len(found) <= 9
+    assert {tuple(one.removed.tolist()) for one in found} <= front
+    told = [one.knobs["fit_bias"] for one in found]
+    assert told == sorted(told)
+    assert told[0] == pytest.approx(bias[points[:, 1] < 5 * problem.log_limit].min(), abs=1e-4)
+
+
+def test_the_bar_counts_masks_and_says_the_best_so_far() -> None:
+    fit, steps, said = fit_of(), [], []
+
+    def step(name: str, total: int) -> Any:
+        done: list[int] = []
+        steps.append((name, total, done))
+        return nullcontext(done.append)
+
+    problem = Problem(fit.model, fit, [fit], step, limit=10.0, status=said.append)
+    list(SurrogateAnnealing(epsilon=0.9, chains=20, steps=50, finalists=3).proposals(problem, SMALL))
+    (_, sampled, first), _, (_, finalists, last) = steps
+    assert (sampled, finalists) == (13, 3)
+    assert (sum(first), sum(last)) == (13, 3)
+    assert len(said) == 12 + 3
+    scores = SMALL.score(fit)
+    bias, cost = min(zip(scores.bias, scores.log_perplexity - scores.unpruned_log_perplexity, strict=True))
+    assert said[11] == f"best so far D {bias:.2f} at {math.expm1(cost):+.1%}"
+
+
+def test_the_best_so_far_keeps_to_the_limit_where_a_mask_does() -> None:
+    fit, said = fit_of(), []
+    problem = Problem(fit.model, fit, [fit], lambda *_: nullcontext(lambda done: None), status=said.append)
+    for bias, increase in ((0.5, 0.3), (0.9, 0.01), (0.7, 0.01), (0.1, 0.1)):
+        problem.saw(bias, increase)
+    assert [words.split()[4] for words in said] == ["0.50", "0.90", "0.70", "0.70"]
 
 
 def test_finalists_without_finite_answers_are_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from secateur.errors import NumericalError
 from secateur.evaluation import Evaluator
 from secateur.evaluation.racing import Race
 from secateur.scoring.attribution import Attribution, Effects, disparity
+from secateur.scoring.base import notes_of
 from secateur.scoring.linear_outcome import joined
 from secateur.search.annealing import Annealing, CautiousEnergy, find_items, first_states, with_flips
 from secateur.search.base import Outcome, Problem
@@ -135,6 +136,7 @@ def test_the_search_measures_what_it_may_and_proposes_its_front() -> None:
     for selection in found:
         table = problem.fit.evaluate(Mask.removing(problem.model, selection.removed)).table
         assert selection.knobs["fit_bias"] == pytest.approx(disparity(table), abs=0.5 * before)
+        assert selection.knobs["fit_units"] == len(selection.removed)
 
 
 def test_what_is_believed_of_a_proposal_is_its_disparity_where_a_draw_is_all_of_fit() -> None:
@@ -142,8 +144,20 @@ def test_what_is_believed_of_a_proposal_is_its_disparity_where_a_draw_is_all_of_
     found = propose(SMALL.model_copy(update={"markers": 99, "windows": 99}), problem, Attribution())
     assert found
     for selection in found:
-        table = problem.fit.evaluate(Mask.removing(problem.model, selection.removed)).table
-        assert selection.knobs["fit_bias"] == pytest.approx(disparity(table), rel=0.15)
+        mask = Mask.removing(problem.model, selection.removed)
+        assert selection.knobs["fit_bias"] == pytest.approx(disparity(problem.fit.evaluate(mask).table), rel=0.15)
+        increase = np.log(problem.fit.perplexity(mask) / problem.fit.perplexity())
+        assert selection.knobs["fit_cost"] == pytest.approx(max(0.0, increase), abs=0.02)
+
+
+def test_the_front_is_kept() -> None:
+    problem = problem_of()
+    found = propose(SMALL, problem, Attribution())
+    (note,) = notes_of(problem.scores)
+    assert "with 0" not in note
+    for selection in found:
+        figures = selection.knobs
+        assert f"{figures['fit_bias']:.2f} at {np.expm1(figures['fit_cost']):+.1%} with {figures['fit_units']}" in note
 
 
 @pytest.mark.parametrize("race", [1, 3])
@@ -177,6 +191,29 @@ def test_a_race_lets_the_best_of_a_fixed_slice_go_on() -> None:
     energies = [disparity(race.first.evaluate(mask).table) for mask in masks]
     winners = race.winners(masks, 2, lambda found: [disparity(found.table)])
     assert winners == sorted(np.argsort(energies)[:2].tolist())
+
+
+def test_a_race_is_on_another_slice_from_turn_to_turn_and_keeps_states_between_masks() -> None:
+    problem = problem_of()
+    problem.fit.walk_bytes = 1 << 20
+    survey = survey_of(problem, [])
+    scenarios = set()
+    for turn in range(8):
+        survey.turn(turn)
+        scenarios.add(tuple(survey.race.first.prompts.scenarios))
+        assert survey.race.first.keep_bytes == 1 << 20
+    assert len(scenarios) > 1
+
+
+@pytest.mark.parametrize("race", [1, 3])
+def test_the_bar_counts_what_is_paid_for(race: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, done, surveys = problem_of(), list[int](), list[Survey]()
+    problem.step = lambda name, total: nullcontext(done.append if total == SMALL.evaluations else lambda _: None)
+    turn = Survey.turn
+    monkeypatch.setattr(Survey, "turn", lambda self, number: (surveys.append(self), turn(self, number))[1])
+    propose(SMALL.model_copy(update={"race": race}), problem, Attribution())
+    measured = len(surveys[0].found)
+    assert sum(done) == measured if race == 1 else measured < sum(done) <= SMALL.evaluations
 
 
 def test_a_mask_without_finite_answers_loses_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +252,7 @@ def test_the_search_is_told_of_every_mask_that_actors_measure() -> None:
     part.cluster = pool
     states = first_states(len(items), 6, np.random.default_rng(0))
     survey.measure(states, told.append)
-    assert sum(told) == len({state.tobytes() for state in states})
+    assert sum(told) == part.work(utility=True) * len({state.tobytes() for state in states})
     assert pool.seen[-1] > pool.seen[0]
 
 

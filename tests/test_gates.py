@@ -227,6 +227,19 @@ def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
     assert found[2].kind == "both"
 
 
+@pytest.mark.parametrize(("start", "counts"), [(2, [2, 8, 32, 40]), (99, [40])])
+def test_where_the_limit_is_never_broken_all_lowered_gates_are_closed_once(start: int, counts: list[int]) -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+    proposals, found = Rounding(start=start, rounds=0).proposals(problem, Trained()), []
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            found.append(len(selection.removed))
+            selection = proposals.send(Outcome(0.1, 0.0, True))
+    assert found == counts
+
+
 def test_further_trainings_are_prepared_once_and_count_as_search(monkeypatch: pytest.MonkeyPatch) -> None:
     fit, seeds, asked = fit_of(), [], asked_in(monkeypatch)
     prepare = Lesson.prepare

@@ -11,7 +11,7 @@ from test_annealing_rounds import effects_of, problem_of, survey_of
 
 from secateur.search.annealing import find_items
 from secateur.search.draw import Estimate, Gaps
-from secateur.search.survey import PRICES, Beliefs, Measured, Prior, Survey
+from secateur.search.survey import NEAR, PRICES, Beliefs, Measured, Prior, Survey
 
 ITEMS = 12
 
@@ -75,12 +75,43 @@ def test_noise_is_not_believed_and_what_is_measured_without_noise_is() -> None:
 
 
 def test_states_near_the_best_at_any_price_count() -> None:
-    states = np.eye(4, dtype=bool)
+    states = np.eye(5, dtype=bool)
     limit = np.log1p(0.02)
-    survey = survey_with(states, np.array([0.05, 0.5, 1.0, 1.0]), np.array([3 * limit, 0.3 * limit, 0.0, 4.5 * limit]))
-    weights = survey._weights()
+    gaps, limits = np.array([0.05, 0.5, 1.0, 1.0, 0.0]), np.array([3, 0.3, 0, 4.5, 50])
+    survey = survey_with(states, gaps, limits * limit)
+    weights = survey.nearness(survey.learnt(prior_of(items=5), np.ones(5)))
     assert (weights[:3] > 0.9).all(), "the least biased, the cheapest, and one between"
     assert weights[3] < 0.2
+    assert weights[4] < 0.01, "a model that is destroyed may well be without bias"
+
+
+def test_luck_does_not_make_the_best_look_better_than_they_are() -> None:
+    """All states are alike, so what is believed of those that look best should be what is true of all."""
+    misses: dict[str, list[float]] = {"as believed": [], "as measured": []}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        states = rng.random((80, ITEMS)) < 0.3
+        states[:, 0] = True  # the one item that does something, as attribution predicts
+        survey = survey_with(states, np.zeros(80), np.zeros(80))
+        before, start = survey.before, survey.draw.unpruned.value
+        noise, prior = 0.4 * before, prior_of()
+        prior.effect[0] = -0.5 * before
+        survey.found = [
+            Measured(
+                state,
+                Gaps(0.5 * start + noise * rng.standard_normal(start.shape), np.full(start.shape, noise**2)),
+                Estimate(np.array(0.0), np.array(0.0)),
+                1,
+            )
+            for state in states
+        ]
+        energies = np.array([one.gaps.disparity for one in survey.found]) / before
+        weights = {"as believed": None, "as measured": 1 / (1 + ((energies - energies.min()) / NEAR) ** 2)}
+        for name, one in weights.items():
+            beliefs = survey.beliefs(prior) if one is None else survey.learnt(prior, one)
+            misses[name].append(float(np.sort(beliefs.bias)[:8].mean()) / (0.5 * before) - 1)
+    assert abs(np.mean(misses["as believed"])) < 0.06
+    assert np.mean(misses["as measured"]) < -0.12
 
 
 def test_damage_is_scaled_for_heads_and_neurons_apart() -> None:
@@ -123,7 +154,7 @@ def test_a_race_takes_winners_at_every_price_in_turn() -> None:
         for state in states:
             found = survey.race.first.evaluate(problem.mask(survey.units_of(state)), utility=True)
             assert found.nll is not None
-            one = Measured(state, draw.read(found.table), draw.increase(found.nll), 1)
-            energies.append(survey.energy(one, price))
+            bias, increase = draw.read(found.table).disparity, draw.increase(found.nll).value
+            energies.append(bias / survey.before + price * max(0.0, float(increase)) / survey.limit)
         best.add(states[int(np.argmin(energies))].tobytes())
     assert best <= kept

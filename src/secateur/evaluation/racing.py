@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
 from secateur.evaluation.evaluator import Evaluator, Measurement
+from secateur.progress import Advance
 from secateur.weights import AnyMask
 
 SLICE = 0.25
@@ -26,14 +28,14 @@ class Race:
     whole: Evaluator
 
     @classmethod
-    def on(cls, whole: Evaluator, seed: int = 0, part: float = SLICE) -> Race:
+    def on(cls, whole: Evaluator, seed: int | list[int] = 0, part: float = SLICE) -> Race:
         """The slice: a part of the scenarios with all that they ask, and of the windows of text."""
         order = np.random.default_rng(seed).permutation(whole.prompts.scenarios).tolist()
         prompts = whole.prompts.of_scenarios(sorted(order[: max(1, round(part * len(order)))]))
         text = whole.text
         if text is not None:
             text = text.first(max(1, round(part * len(text.windows))))
-        return cls(whole.on(prompts, text), whole)
+        return cls(whole.on(prompts, text, walk=True), whole)
 
     @property
     def share(self) -> float:
@@ -41,7 +43,11 @@ class Race:
         return self.first.tokens / self.whole.tokens
 
     def winners(
-        self, masks: Sequence[AnyMask], count: int, energies: Callable[[Measurement], Sequence[float]]
+        self,
+        masks: Sequence[AnyMask],
+        count: int,
+        energies: Callable[[Measurement], Sequence[float] | np.ndarray],
+        advance: Advance = lambda _: None,
     ) -> list[int]:
         """The masks of lowest energy on the slice, by their positions, ascending; those without finite answers last.
 
@@ -49,8 +55,8 @@ class Race:
         ----------
         energies: of a mask as measured on the slice; the lower, the better. Several take turns.
         """
-        measured = enumerate(self.first.evaluate_each(masks, utility=self.first.text is not None))
-        told = {number: energies(found) for number, found in measured if found is not None}
+        measured = self.first.evaluate_walking(masks, advance, utility=self.first.text is not None)
+        told = {number: energies(found) for number, found in sorted(measured, key=itemgetter(0)) if found is not None}
         turns = np.array(list(told.values())).reshape(len(told), -1).argsort(axis=0, kind="stable").ravel()
         order = dict.fromkeys([*np.array(list(told), dtype=int)[turns].tolist(), *range(len(masks))])
         return sorted(list(order)[:count])

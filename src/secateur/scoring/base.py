@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -15,6 +16,8 @@ from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask
 
 UnitKind = Literal["heads", "neurons"]
+Seen = Callable[[float, float], None]
+"""Told of a measured mask: D, and the increase of log-perplexity in nats per token."""
 
 
 class Settings(BaseModel):
@@ -23,6 +26,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
     kinds: ClassVar[tuple[UnitKind, ...]] = ("heads", "neurons")
     """Of a scorer: the kinds of units that it scores."""
+    measures_masks: ClassVar[bool] = False
+    """Of a scorer: that it measures mask after mask; ``score`` then takes ``seen``, too, and tells it of each."""
 
     def quick(self) -> Self:
         """The same for a first look, at a fraction of the cost where :meth:`cheaper` names a way."""
@@ -81,6 +86,7 @@ class Scorer(Protocol):
     """Scores every unit of a model, or those of one kind, from the fit part of the data."""
 
     kinds: ClassVar[tuple[UnitKind, ...]]
+    measures_masks: ClassVar[bool]
 
     def check(self, model: LanguageModel, suite: Suite) -> None:
         """Refuse, before anything is computed, a model or suite that the method cannot work on.

@@ -11,35 +11,29 @@ draws the samples. What is ours:
 - perplexity counts by its logarithm: the order within a seed is the same, but one seed in which a
   single head raises it a thousandfold does not decide the mean.
 
-Removing a head of layer l leaves all layers before l as they were, so every pass begins at layer l: on
-average half of the blocks are run.
+Removing a head of layer l leaves all layers before l as they were, so masks are measured from the last layer to the
+first, and where the evaluator keeps states between masks every pass begins at layer l: on average half of the blocks
+are run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import combinations
+from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.answers import batch_y, pack
-from secateur.measures.disparity import Table
-from secateur.measures.prompts import PromptDraw, PromptSet
-from secateur.measures.utility import NeutralText, window_losses
+from secateur.measures.prompts import PromptDraw
+from secateur.measures.utility import NeutralText
 from secateur.models import LanguageModel
-from secateur.models.restart import Entries, recorded, restarted
-from secateur.progress import Advance
+from secateur.progress import Advance, whole
 from secateur.scoring.attribution import disparity
-from secateur.scoring.base import Settings, UnitKind
+from secateur.scoring.base import Seen, Settings, UnitKind
 from secateur.suites import Suite
-from secateur.units import ActivationMeans, Mask, UnitSpace, masked
+from secateur.units import ActivationMeans, Mask, UnitSpace
 
 # Below this more than half of what is seen between heads is chance.
 FAIR_RELIABILITY = 0.5
@@ -138,10 +132,12 @@ class Fasp(Settings):
         three and .82 over three halves where the bias had .17 (occupations, the default model).
     seed: of the draws; that of the study unless it is set.
 
-    Draws that turn out equal are measured once.
+    Prompts that are drawn twice are asked once, and so are windows read. A head without which the model gives no finite
+    answers is not scored.
     """
 
     kinds: ClassVar[tuple[UnitKind, ...]] = ("heads",)
+    measures_masks: ClassVar[bool] = True
     seeds: Annotated[int, Field(ge=1)] = 3
     markers: Annotated[int | None, Field(ge=2)] = None
     scenarios: Annotated[int, Field(ge=1)] = 4
@@ -156,41 +152,57 @@ class Fasp(Settings):
         """Every supported model and every suite will do."""
 
     def work(self, fit: Evaluator) -> int:
-        """Prompts and windows of all different draws, for every head and for the unpruned model."""
-        asked = sum(len(draw.of(fit.prompts)) for draw in set(self.prompt_draws(fit)))
-        read = sum(map(len, set(self.window_draws(fit))))
-        return (asked + read) * (1 + UnitSpace.of(fit.model).n_heads)
+        """Masks without one head, and the model as it is, on every different draw."""
+        return len(self.draws(fit)) * (1 + UnitSpace.of(fit.model).n_heads)
 
-    @torch.no_grad()
     def score(
         self,
         fit: Evaluator,
         mask: Mask | None = None,
         means: ActivationMeans | None = None,
         advance: Advance = lambda _: None,
+        seen: Seen = lambda *_: None,
     ) -> HeadRemovals:
         """Remove each head of the model as it is under ``mask``.
 
         Parameters
         ----------
         means: for mean ablation: what a removed head gives instead of zero.
+        advance: told of the masks. seen: told of each.
         """
-        model = fit.model
-        prompt_draws, window_draws = self.prompt_draws(fit), self.window_draws(fit)
-        with masked(model, mask):
-            bias = {
-                draw: biases(model, draw.of(fit.prompts), fit.batch_size, means, advance)
-                for draw in dict.fromkeys(prompt_draws)
-            }
-            loss = {
-                draw: log_perplexities(model, self.text_of(fit, draw), means, advance)
-                for draw in dict.fromkeys(window_draws)
-            }
-        by_seed = np.stack([bias[draw] for draw in prompt_draws]), np.stack([loss[draw] for draw in window_draws])
-        neurons = np.full((self.seeds, UnitSpace.of(model).n_neurons), np.nan)
-        # Row 0 of each result is the unpruned model; the heads come first in the flat order of units.
-        after = [np.concatenate([found[:, 1:], neurons], axis=1) for found in by_seed]
-        return HeadRemovals(*after, *(found[:, 0] for found in by_seed))
+        model, space = fit.model, UnitSpace.of(fit.model)
+        removals = [
+            Mask.removing(model, removed, means) for removed in ([], *([head] for head in range(space.n_heads)))
+        ]
+        masks = removals if mask is None else [mask & one for one in removals]
+        bias: dict[PromptDraw, np.ndarray] = {}
+        losses: dict[int, np.ndarray] = {}
+        for draw, windows in self.draws(fit).items():
+            text = self.text_of(fit, windows) if windows else None
+            part = fit.on(draw.of(fit.prompts), text, walk=True)
+            bias[draw], nll = without_each_head(part, masks, advance, seen)
+            losses.update(zip(windows, nll, strict=True))
+        # Row 0 is the unpruned model; the heads come first in the flat order of units.
+        by_seed = np.stack([bias[draw] for draw in self.prompt_draws(fit)])
+        loss = np.stack([self._log_perplexity(fit, losses, windows) for windows in self.window_draws(fit)])
+        neurons = np.full((self.seeds, space.n_neurons), np.nan)
+        after_bias, after_loss = (np.concatenate([found[:, 1:], neurons], axis=1) for found in (by_seed, loss))
+        return HeadRemovals(after_bias, after_loss, by_seed[:, 0], loss[:, 0])
+
+    def _log_perplexity(self, fit: Evaluator, losses: dict[int, np.ndarray], windows: tuple[int, ...]) -> np.ndarray:
+        """Of a draw of windows, (1 + heads,), from the negative log-likelihood of every window that was read."""
+        total = np.sum([losses[number] for number in windows], axis=0)
+        return np.asarray(total / self.text_of(fit, windows).scored.sum())
+
+    def draws(self, fit: Evaluator) -> dict[PromptDraw, tuple[int, ...]]:
+        """Every different draw of prompts, with those of its windows that are read with no draw before."""
+        found: dict[PromptDraw, tuple[int, ...]] = {}
+        read = set[int]()
+        for draw, windows in zip(self.prompt_draws(fit), self.window_draws(fit), strict=True):
+            new = tuple(number for number in windows if number not in read)
+            found[draw] = found.get(draw, ()) + new
+            read.update(new)
+        return found
 
     def prompt_draws(self, fit: Evaluator) -> list[PromptDraw]:
         """Per seed, what is asked."""
@@ -211,59 +223,38 @@ class Fasp(Settings):
     def text_of(self, fit: Evaluator, windows: tuple[int, ...]) -> NeutralText:
         """What is read of the windows of a draw."""
         assert fit.text is not None, "fasp needs neutral text"
-        drawn = replace(fit.text, windows=tuple(fit.text.windows[n] for n in windows))
-        return drawn.first(len(windows), self.window_tokens)
-
-
-def biases(
-    model: LanguageModel, prompts: PromptSet, batch_size: int, means: ActivationMeans | None, advance: Advance
-) -> np.ndarray:
-    """D of the model as it is, then without each head, (1 + heads,)."""
-    parts = []
-    for batch in pack(model, prompts, batch_size):
-        parts.append(without_each_head(model, partial(batch_y, model, prompts.suite, batch), means, advance))
-    y = np.concatenate(parts, axis=1)  # (1 + heads, prompts)
-    return np.array([disparity(Table(prompts.table(row), prompts.groups)) for row in y])
-
-
-def log_perplexities(
-    model: LanguageModel, text: NeutralText, means: ActivationMeans | None, advance: Advance
-) -> np.ndarray:
-    """Mean negative log-likelihood, nats per token, of the model as it is, then without each head, (1 + heads,)."""
-    total = np.zeros(1 + UnitSpace.of(model).n_heads)
-    for numbers in text.batches():
-        windows = [text.windows[n] for n in numbers]
-        losses = without_each_head(model, partial(window_losses, model, windows), means, advance)
-        total += losses.sum(axis=1)
-    return np.asarray(total / text.scored.sum())
+        return fit.text.some(list(windows)).first(len(windows), self.window_tokens)
 
 
 def without_each_head(
-    model: LanguageModel, run: Callable[[], Tensor], means: ActivationMeans | None, advance: Advance
-) -> np.ndarray:
-    """What one forward pass gives, (n,), for the model as it is and without each head: (1 + heads, n).
+    part: Evaluator, masks: list[Mask], advance: Advance, seen: Seen
+) -> tuple[np.ndarray, np.ndarray]:
+    """D, (masks,), and the negative log-likelihood of the text by window, (windows, masks); NaN where not finite.
 
     Parameters
     ----------
-    run: makes one pass, always of the same inputs.
-    advance: told of n steps for each of the rows.
+    masks: the first of what the model is, then that without each head in turn.
+    advance: told of the masks. seen: told of each, where there is text.
+
+    Raises
+    ------
+    NumericalError: the model as it is gives no finite answers.
     """
-    space = UnitSpace.of(model)
-    rows: list[Tensor] = []
-
-    def note() -> None:
-        rows.append(run().cpu())
-        advance(len(rows[-1]))
-
-    entries = Entries()
-    with recorded(model, entries):
-        note()
-    for layer in range(space.n_layers):
-        with restarted(model, layer, entries):
-            for head in range(space.n_heads)[space.head_slice(layer)]:
-                with masked(model, Mask.removing(model, [head], means)):
-                    note()
-    return torch.stack(rows).numpy().astype(float)
+    utility = part.text is not None
+    told = whole(advance, part.work(utility))
+    unpruned = part.evaluate(masks[0], told, utility=utility)
+    order = list(reversed(range(1, len(masks))))  # so that the next begins where this one differs
+    measured = part.evaluate_each([masks[number] for number in order], told, utility=utility)
+    windows = 0 if unpruned.nll is None else len(unpruned.nll)
+    bias, nll = np.full(len(masks), np.nan), np.full((windows, len(masks)), np.nan)
+    for number, found in zip([0, *order], chain([unpruned], measured), strict=True):
+        if found is not None:
+            bias[number] = disparity(found.table)
+            if found.nll is not None:
+                nll[:, number] = found.nll
+            if found.log_perplexity is not None and unpruned.log_perplexity is not None:
+                seen(float(bias[number]), found.log_perplexity - unpruned.log_perplexity)
+    return bias, nll
 
 
 def reliability(by_seed: np.ndarray) -> float:

@@ -9,8 +9,8 @@ network per figure from the 0/1 vector of heads, and search on the networks (see
 - bias is D, the disparity of the suite as attribution has it, and perplexity counts by its logarithm: single heads can
   raise it a thousandfold;
 - the prompts are a draw with equally many markers of each group in every scenario;
-- a network has one hidden layer of 64 units, trained for 400 steps of AdamW on four fifths of the masks; the last fifth
-  tells its quality.
+- a network has one hidden layer of 64 units, trained for 400 steps of AdamW; one that is trained on four fifths of the
+  masks tells, on the last fifth, how good it is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.prompts import PromptDraw
 from secateur.models import LanguageModel
-from secateur.progress import Advance
+from secateur.progress import Advance, whole
 from secateur.scoring.attribution import disparity
-from secateur.scoring.base import Settings, UnitKind
+from secateur.scoring.base import Seen, Settings, UnitKind
 from secateur.scoring.surrogate import Surrogate, draw_states, train
 from secateur.suites import Suite
 from secateur.units import ActivationMeans, Mask, UnitSpace
@@ -45,6 +45,7 @@ class SurrogateScores:
     Attributes
     ----------
     removed: bool (masks, heads). bias: (masks,), D. log_perplexity: (masks,), nats per token.
+    unpruned_bias, unpruned_log_perplexity: with nothing removed.
     of_bias, of_log_perplexity: the surrogates.
     bounds: the least and the greatest number of removed heads.
     n_neurons: of the model, which are not scored.
@@ -53,6 +54,8 @@ class SurrogateScores:
     removed: np.ndarray
     bias: np.ndarray
     log_perplexity: np.ndarray
+    unpruned_bias: float
+    unpruned_log_perplexity: float
     of_bias: Surrogate
     of_log_perplexity: Surrogate
     bounds: tuple[int, int]
@@ -81,7 +84,7 @@ class SurrogateScores:
         """How far the surrogates are to be believed."""
         return [
             f"The surrogate of {name} has R² {one.quality.r2:.2f} and Spearman {one.quality.spearman:.2f} on "
-            f"{one.quality.masks} masks that it was not trained on."
+            f"{one.quality.masks} masks, trained on the others alone."
             for name, one in (("bias", self.of_bias), ("log-perplexity", self.of_log_perplexity))
         ]
 
@@ -99,6 +102,7 @@ class SampledMasks(Settings):
     """
 
     kinds: ClassVar[tuple[UnitKind, ...]] = ("heads",)
+    measures_masks: ClassVar[bool] = True
     evaluations: Annotated[int, Field(ge=MIN_EVALUATIONS)] = 280
     least: Annotated[int, Field(ge=1)] = 1
     most: Annotated[int | None, Field(ge=1)] = None
@@ -130,9 +134,9 @@ class SampledMasks(Settings):
         share = max(self.least, round(LARGEST_SHARE * UnitSpace.of(model).n_heads))
         return self.least, share if self.most is None else self.most
 
-    def work(self, fit: Evaluator, masks: int | None = None) -> int:
-        """Prompts and windows of the draw, for every mask; None stands for the sampled ones."""
-        return self._part(fit).work(utility=True) * (self.evaluations if masks is None else masks)
+    def work(self, fit: Evaluator) -> int:
+        """The masks, and the model as it is."""
+        return 1 + self.evaluations
 
     def score(
         self,
@@ -140,12 +144,14 @@ class SampledMasks(Settings):
         mask: Mask | None = None,
         means: ActivationMeans | None = None,
         advance: Advance = lambda _: None,
+        seen: Seen = lambda *_: None,
     ) -> SurrogateScores:
         """Measure masks of the model as it is under ``mask``, and learn from them.
 
         Parameters
         ----------
         means: for mean ablation: what a removed head gives instead of zero.
+        advance: told of the masks. seen: told of each.
         """
         model = fit.model
         space, bounds = UnitSpace.of(model), self.bounds(model)
@@ -153,7 +159,9 @@ class SampledMasks(Settings):
         states = draw_states(space.n_heads, bounds, self.evaluations, generator).numpy()
         drawn = [Mask.removing(model, np.flatnonzero(state), means) for state in states]
         masks = drawn if mask is None else [mask & one for one in drawn]
-        bias, log_perplexity = self.measure(fit, masks, advance)
+        nothing = Mask.removing(model, [], means) if mask is None else mask
+        (unpruned_bias,), (unpruned_log_perplexity,) = self.measure(fit, [nothing], advance)
+        bias, log_perplexity = self.measure(fit, masks, advance, seen, float(unpruned_log_perplexity))
         known = np.isfinite(bias) & np.isfinite(log_perplexity)
         states, bias, log_perplexity = states[known], bias[known], log_perplexity[known]
         if len(states) < MIN_EVALUATIONS:
@@ -162,6 +170,8 @@ class SampledMasks(Settings):
             removed=states,
             bias=bias,
             log_perplexity=log_perplexity,
+            unpruned_bias=float(unpruned_bias),
+            unpruned_log_perplexity=float(unpruned_log_perplexity),
             of_bias=train(states, bias, self.seed),
             of_log_perplexity=train(states, log_perplexity, self.seed + 1),
             bounds=bounds,
@@ -169,14 +179,27 @@ class SampledMasks(Settings):
         )
 
     def measure(
-        self, fit: Evaluator, masks: Sequence[Mask], advance: Advance = lambda _: None
+        self,
+        fit: Evaluator,
+        masks: Sequence[Mask],
+        advance: Advance = lambda _: None,
+        seen: Seen = lambda *_: None,
+        unpruned: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """D and log-perplexity, nats per token, on the draw, both (masks,); NaN where answers are not finite."""
-        figures = np.full((2, len(masks)), np.nan)
-        for number, found in self._part(fit).evaluate_walking(masks, advance, utility=True):
+        """D and log-perplexity, nats per token, on the draw, both (masks,); NaN where answers are not finite.
+
+        Parameters
+        ----------
+        advance: told of the masks. seen: told of each; unpruned: the log-perplexity that increases begin from.
+        """
+        part, figures = self._part(fit), np.full((2, len(masks)), np.nan)
+        told = whole(advance, part.work(utility=True))
+        for number, found in part.evaluate_walking(masks, told, utility=True):
             if found is not None:
                 assert found.log_perplexity is not None
-                figures[:, number] = disparity(found.table), found.log_perplexity
+                bias = disparity(found.table)
+                figures[:, number] = bias, found.log_perplexity
+                seen(bias, found.log_perplexity - unpruned)
         return figures[0], figures[1]
 
     def _part(self, fit: Evaluator) -> Evaluator:

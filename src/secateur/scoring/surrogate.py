@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ class Quality:
     masks: how many masks that is.
     """
 
-    r2: float
-    spearman: float
-    masks: int
+    r2: float = float("nan")
+    spearman: float = float("nan")
+    masks: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,14 @@ class Surrogate:
     Attributes
     ----------
     inward: (units, width) W1. offset: (width,) b1. outward: (width,) w2. base: b2.
-    quality: on the masks held out from training.
+    quality: of such a network on masks that were held out from its training.
     """
 
     inward: Tensor
     offset: Tensor
     outward: Tensor
     base: float
-    quality: Quality
+    quality: Quality = Quality()
 
     @property
     def units(self) -> int:
@@ -70,34 +70,39 @@ class Surrogate:
 def train(
     removed: np.ndarray, measured: np.ndarray, seed: int = 0, width: int = WIDTH, epochs: int = EPOCHS
 ) -> Surrogate:
-    """Fit a surrogate to measured masks; a fifth of them, drawn by the seed, are held out to tell its quality.
+    """Fit a surrogate to measured masks; one fitted without a fifth of them, drawn by the seed, tells its quality.
 
     Parameters
     ----------
     removed: (masks, units), 1 or True where a unit is removed.
     measured: (masks,), what is to be predicted.
     """
-    order = np.random.default_rng(seed).permutation(len(measured))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(measured)))
     held = max(1, round(HELD_OUT * len(order)))
+    inside, outside = order[held:], order[:held]
     x, y = torch.from_numpy(removed.astype(np.float32)), torch.from_numpy(measured.astype(np.float32))
-    inside, outside = torch.from_numpy(order[held:]), torch.from_numpy(order[:held])
-    centre, scale = y[inside].mean(), y[inside].std().clamp_min(1e-6)
+    judged = _fit(x[inside], y[inside], seed, width, epochs)
+    quality = _quality(judged.predict(x[outside]).numpy(), y[outside].numpy())
+    return replace(_fit(x, y, seed, width, epochs), quality=quality)
+
+
+@torch.enable_grad()
+def _fit(x: Tensor, y: Tensor, seed: int, width: int, epochs: int) -> Surrogate:
+    """A network trained on masks x, (masks, units), and their figures y, (masks,)."""
+    centre, scale = y.mean(), y.std().clamp_min(1e-6)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(x.shape[1], width, generator=generator) / x.shape[1] ** 0.5
     last = torch.randn(width, generator=generator) / width**0.5
     parameters = [nn.Parameter(p) for p in (first, torch.zeros(width), last, torch.zeros(()))]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    target = (y[inside] - centre) / scale
-    with torch.enable_grad():
-        for _ in range(epochs):
-            optimiser.zero_grad()
-            predicted = (x[inside] @ parameters[0] + parameters[1]).relu() @ parameters[2] + parameters[3]
-            (predicted - target).square().mean().backward()
-            optimiser.step()
+    target = (y - centre) / scale
+    for _ in range(epochs):
+        optimiser.zero_grad()
+        predicted = (x @ parameters[0] + parameters[1]).relu() @ parameters[2] + parameters[3]
+        (predicted - target).square().mean().backward()
+        optimiser.step()
     inward, offset, outward, base = (p.detach() for p in parameters)
-    fitted = Surrogate(inward, offset, outward * scale, float(base * scale + centre), Quality(0.0, 0.0, held))
-    quality = _quality(fitted.predict(x[outside]).numpy(), y[outside].numpy())
-    return Surrogate(fitted.inward, fitted.offset, fitted.outward, fitted.base, quality)
+    return Surrogate(inward, offset, outward * scale, float(base * scale + centre))
 
 
 def _quality(predicted: np.ndarray, measured: np.ndarray) -> Quality:

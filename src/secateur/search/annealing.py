@@ -21,13 +21,15 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.models import LanguageModel
+from secateur.progress import whole
 from secateur.scoring.attribution import Attribution, Effects
 from secateur.scoring.base import Settings
 from secateur.scoring.linear_outcome import Linear, joined
 from secateur.search.base import Problem, Proposals, Selection, check_counts
 from secateur.search.chains import Cooling, StateEnergy, anneal
 from secateur.search.elimination import ranking
-from secateur.search.survey import MOST_LIMITS, PRICES, Beliefs, Prior, Survey
+from secateur.search.pareto import MOST_LIMITS
+from secateur.search.survey import PRICES, Beliefs, Prior, Survey
 from secateur.units import UnitSpace
 
 # Of the first masks. The order of attribution is a good guess: its beginnings, changed at random in a few items.
@@ -88,6 +90,33 @@ class CautiousEnergy(StateEnergy):
         return replace(self, prices=torch.full((count,), price), alone=everyone).of(states)
 
 
+@dataclass(frozen=True, eq=False)
+class Surveyed(Effects):
+    """The scores that a search began with, and what it came to.
+
+    Attributes
+    ----------
+    believed: of all measured states. limit: the utility limit in log-perplexity.
+    """
+
+    believed: Beliefs
+    limit: float
+
+    @property
+    def notes(self) -> list[str]:
+        """The Pareto front of the measured masks, as far as it is of use."""
+        cost, bias = self.believed.cost, self.believed.bias
+        front = [one for one in self.believed.front if cost[one] <= MOST_LIMITS * self.limit]
+        points = "; ".join(
+            f"{bias[one]:.2f} at {np.expm1(cost[one]):+.1%} with {self.believed.units[one]:,}"
+            for one in sorted(front, key=lambda one: (bias[one], cost[one]))
+        )
+        return [
+            f"Of {len(bias):,} measured masks {len(front):,} are on the Pareto front of bias on fit (D), perplexity "
+            f"and removed units, as believed after all measurements: {points}."
+        ]
+
+
 class Annealing(Settings):
     """Rounds of learning, annealing and measurement over heads and blocks of neurons.
 
@@ -141,10 +170,11 @@ class Annealing(Settings):
         prior = Prior.of(scores, items, problem.space.n_heads, scorer.unit_price)
         with problem.localising(), problem.step("Measure masks to learn from", self.evaluations) as advance:
             survey = Survey(problem, items, self.markers, self.windows, self.seed)
+            told = whole(advance, survey.draw.part.work(utility=True))
             first = max(4, round(FIRST_SHARE * self.evaluations))
             reach = np.searchsorted(DAMAGE_TOGETHER * prior.damage.cumsum(), MOST_LIMITS * survey.limit) + 1
             rng = np.random.default_rng(self.seed)
-            survey.measure(first_states(len(items), first, rng, min(int(reach), len(items))), advance)
+            survey.measure(first_states(len(items), first, rng, min(int(reach), len(items))), told)
             for number in range(1, self.rounds + 1):
                 survey.turn(number)
                 share = (self.evaluations - survey.spent) / (self.rounds + 1 - number)
@@ -155,13 +185,14 @@ class Annealing(Settings):
                 states = self._promising(survey, survey.beliefs(prior), self.race * count, number)
                 if not states:  # all there is near the best is known
                     break
-                survey.measure(survey.winners(states, count), advance)
+                survey.measure(survey.winners(states, count, told), told)
         if not survey.found:
             return
         believed = survey.beliefs(prior)
+        problem.scores = Surveyed(scores.effect, scores.error, scores.cost, scores.damage, believed, survey.limit)
         for position in believed.finalists(self.finalists, survey.before, survey.limit):
             removed = survey.units_of(believed.states[position])
-            yield Selection.of_units(removed, problem.space, {"fit_bias": float(believed.bias[position])})
+            yield Selection.of_units(removed, problem.space, believed.figures(position))
 
     def _promising(self, survey: Survey, believed: Beliefs, count: int, number: int) -> list[np.ndarray]:
         """New states of low energy: at every price in turn, by all members and by single ones."""
@@ -201,7 +232,7 @@ class Annealing(Settings):
     def _begin(self, survey: Survey, believed: Beliefs, prices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Positions of states that chains begin from, (chains,): of the better quarter at their price."""
         better = 1 + len(believed.states) // 4
-        orders = {price: np.argsort(survey.energy(believed, price), kind="stable") for price in PRICES}
+        orders = dict(zip(PRICES, survey.energies(believed.bias, believed.cost).argsort(kind="stable"), strict=True))
         return np.array([orders[price][rng.integers(better)] for price in prices])
 
     def _ensemble(self, survey: Survey, believed: Beliefs, rng: np.random.Generator) -> Linear:

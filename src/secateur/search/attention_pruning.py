@@ -10,6 +10,7 @@ from pydantic import Field
 from secateur.models import LanguageModel
 from secateur.scoring.base import Settings
 from secateur.scoring.sampled_masks import SampledMasks, SurrogateScores
+from secateur.search import pareto
 from secateur.search.base import Problem, Proposals, Selection
 from secateur.search.chains import Annealed, Cooling, Energy, anneal
 
@@ -30,6 +31,9 @@ class SurrogateAnnealing(Settings):
     finalists: states per epsilon that are measured on the model, on the same draw as the sampled masks, those of the
         lowest predicted energy. Ours.
     proposed: of these, how many are measured on select, those of the lowest measured energy. Ours.
+    front: where it is not 0, so many masks are measured on select instead, of the Pareto front of all that was measured
+        on the draw: the finalists of one epsilon are much alike, and the best of the sampled masks may be better or
+        cheaper. Ours; as published only states that were annealed are looked at.
 
     The number of removed heads stays within the bounds of the sampled masks, outside of which a surrogate has seen
     nothing.
@@ -42,6 +46,7 @@ class SurrogateAnnealing(Settings):
     acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.75
     finalists: Annotated[int, Field(ge=1)] = 5
     proposed: Annotated[int, Field(ge=1)] = 1
+    front: Annotated[int, Field(ge=0)] = 0
 
     def cheaper(self) -> dict[str, Any]:
         return {"chains": 200, "steps": 2000, "finalists": 2}
@@ -50,8 +55,10 @@ class SurrogateAnnealing(Settings):
         """Every model will do."""
 
     def proposals(self, problem: Problem, scorer: SampledMasks) -> Proposals:
-        """The best finalists of every epsilon; equal masks are measured and proposed once."""
+        """The best finalists of every epsilon, or the front; equal masks are measured and proposed once."""
         scores: SurrogateScores = problem.score(scorer)
+        sampled = [tuple(np.flatnonzero(state).tolist()) for state in scores.removed]
+        measured = dict(zip(sampled, zip(scores.bias, scores.log_perplexity, strict=True), strict=True))
         seen: set[tuple[int, ...]] = set()
         for epsilon in EPSILONS if self.epsilon is None else (self.epsilon,):
             weights = (epsilon / _spread(scores.bias), (1 - epsilon) / _spread(scores.log_perplexity))
@@ -68,31 +75,47 @@ class SurrogateAnnealing(Settings):
                     seed=scorer.seed,
                     advance=advance,
                 )
-            finalists = [state for state in best_states(found, self.finalists) if tuple(state) not in seen]
-            seen.update(map(tuple, finalists))
-            for removed in self._measured_best(problem, scorer, finalists, weights):
-                yield Selection("heads", np.array(removed), {"epsilon": epsilon})
+            finalists = [state for state in best_states(found, self.finalists) if state not in seen]
+            figures = self._measure(problem, scorer, scores, finalists)
+            seen.update(finalists)
+            measured.update(zip(finalists, figures, strict=True))
+            if not self.front:
+                for number in np.argsort(figures @ np.array(weights))[: self.proposed]:
+                    if np.isfinite(figures[number]).all():
+                        yield Selection("heads", np.array(finalists[number]), {"epsilon": epsilon})
+        if self.front:
+            yield from self._front(problem, scores, measured)
 
-    def _measured_best(
-        self, problem: Problem, scorer: SampledMasks, finalists: list[list[int]], weights: tuple[float, float]
-    ) -> list[list[int]]:
-        """The finalists of the lowest energy as measured on the draw."""
-        masks = [problem.mask(removed) for removed in finalists]
-        work = scorer.work(problem.fit, len(masks))
-        with problem.localising(), problem.step("Measure the finalists", work) as advance:
-            bias, log_perplexity = scorer.measure(problem.fit, masks, advance)
-        energy = weights[0] * bias + weights[1] * log_perplexity
-        return [finalists[number] for number in np.argsort(energy)[: self.proposed] if np.isfinite(energy[number])]
+    def _measure(
+        self, problem: Problem, scorer: SampledMasks, scores: SurrogateScores, states: list[tuple[int, ...]]
+    ) -> np.ndarray:
+        """D and log-perplexity on the draw, (states, 2)."""
+        masks = [problem.mask(removed) for removed in states]
+        with problem.localising(), problem.step("Measure the finalists", len(masks)) as advance:
+            figures = scorer.measure(problem.fit, masks, advance, problem.saw, scores.unpruned_log_perplexity)
+        return np.column_stack(figures)
+
+    def _front(
+        self, problem: Problem, scores: SurrogateScores, measured: dict[tuple[int, ...], tuple[float, float]]
+    ) -> Proposals:
+        """Of the Pareto front of all that was measured, the least bias first."""
+        states = [state for state, figures in measured.items() if np.isfinite(figures).all()]
+        points = np.array([measured[state] for state in states])
+        points[:, 1] = np.maximum(0.0, points[:, 1] - scores.unpruned_log_perplexity)
+        taken = pareto.promising(points, pareto.front(points), self.front, scores.unpruned_bias, problem.log_limit)
+        for number in sorted(taken, key=lambda one: points[one, 0]):
+            bias, cost = points[number].round(4).tolist()
+            yield Selection("heads", np.array(states[number]), {"fit_bias": bias, "fit_cost": cost})
 
 
-def best_states(found: Annealed, count: int) -> list[list[int]]:
+def best_states(found: Annealed, count: int) -> list[tuple[int, ...]]:
     """The distinct states of lowest energy, as flat positions of removed heads."""
     states: dict[tuple[int, ...], None] = {}
     for chain in found.energy.argsort(stable=True).tolist():
         states.setdefault(tuple(np.flatnonzero(found.removed[chain].numpy()).tolist()))
         if len(states) == count:
             break
-    return [list(state) for state in states]
+    return list(states)
 
 
 def _spread(values: np.ndarray) -> float:

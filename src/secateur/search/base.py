@@ -84,6 +84,23 @@ class Problem:
     status: Callable[[str], None] = lambda _: None
     scores: Scores | None = None
     localise_tokens: int = 0
+    _best: tuple[bool, float, float] = field(init=False, default=(True, np.inf, np.inf))
+
+    @property
+    def log_limit(self) -> float:
+        """The utility limit as an increase of log-perplexity, nats per token."""
+        return float(np.log1p(self.limit))
+
+    def saw(self, bias: float, increase: float) -> None:
+        """Say what the best of the masks does that were measured so far: the least bias, within the limit if any is.
+
+        Parameters
+        ----------
+        bias: D on the draw. increase: of log-perplexity, nats per token.
+        """
+        self._best = min(self._best, (increase > self.log_limit, bias, increase))
+        _, least, paid = self._best
+        self.status(f"best so far D {least:.2f} at {np.expm1(paid):+.1%}")
 
     @property
     def space(self) -> UnitSpace:
@@ -100,7 +117,8 @@ class Problem:
         """Score the model as it is under a mask, on all of fit or on one fold; keep those of the unpruned model."""
         fit = self.fit if fold is None else self.folds[fold % len(self.folds)]
         with self.localising(), self.step("Score every unit", scorer.work(fit)) as advance:
-            scores = scorer.score(fit, mask, self.means, advance)
+            told = {"seen": self.saw} if scorer.measures_masks else {}
+            scores = scorer.score(fit, mask, self.means, advance, **told)
         if mask is None:
             self.scores = scores
         return scores

@@ -9,8 +9,8 @@ Attention Pruning (Dasu et al., arXiv 2503.15815), or geometric, from T0 to a th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -105,6 +105,71 @@ class Annealed:
     accepted: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """One flip for every chain.
+
+    Attributes
+    ----------
+    unit, sign: see :meth:`StateEnergy.flipped`. hidden, energy: of the chain after it.
+    allowed: bool (chains,), whether it stays within the bounds.
+    """
+
+    unit: Tensor
+    sign: Tensor
+    hidden: list[Tensor]
+    energy: Tensor
+    allowed: Tensor
+
+
+@dataclass(eq=False)
+class _Chains:
+    """Where the chains are.
+
+    Attributes
+    ----------
+    of: what they lower. bounds: on the number of removed units. generator: of all luck.
+    state: bool (chains, units). hidden, energy, removed: of it; the last is the number of removed units, (chains,).
+    """
+
+    of: StateEnergy
+    bounds: tuple[int, int]
+    generator: torch.Generator
+    state: Tensor
+    hidden: list[Tensor] = field(init=False)
+    energy: Tensor = field(init=False)
+    removed: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.removed = self.state.sum(dim=1)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute anew what flips have only added to: sums of many drift."""
+        self.hidden = self.of.hidden(self.state)
+        self.energy = self.of.read(self.hidden)
+
+    def propose(self) -> _Moves:
+        """Flip a unit drawn at random in every chain."""
+        chains, units = self.state.shape
+        unit = torch.randint(units, (chains,), generator=self.generator)
+        sign = 1 - 2 * self.state[torch.arange(chains), unit].long()
+        after = self.of.flipped(self.hidden, unit, sign.to(self.energy))
+        least, most = self.bounds
+        count = self.removed + sign
+        return _Moves(unit, sign, after, self.of.read(after), (count >= least) & (count <= most))
+
+    def take(self, taken: Tensor, moves: _Moves) -> None:
+        """Make the moves of some chains, bool (chains,)."""
+        rows, unit = taken.nonzero()[:, 0], moves.unit[taken]
+        self.state[rows, unit] = ~self.state[rows, unit]
+        self.hidden = [
+            torch.where(taken[:, None], new, old) for new, old in zip(moves.hidden, self.hidden, strict=True)
+        ]
+        self.energy = torch.where(taken, moves.energy, self.energy)
+        self.removed = self.removed + torch.where(taken, moves.sign, 0)
+
+
 @torch.no_grad()
 def anneal(
     energy: StateEnergy,
@@ -129,48 +194,25 @@ def anneal(
     advance: told of the steps as they are made.
     """
     generator = torch.Generator().manual_seed(seed)
-    least, most = bounds
-    state = draw_states(units, bounds, chains, generator) if start is None else start.clone()
-    hidden, count = energy.hidden(state), state.sum(dim=1)
-    now = energy.read(hidden)
-    best, best_state = now.clone(), state.clone()
-    rows = torch.arange(len(state))
-
-    def propose() -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-        """A unit per chain, the sign of its flip, what becomes of the chain, and whether it stays within the bounds."""
-        unit = torch.randint(units, (len(state),), generator=generator)
-        sign = 1 - 2 * state[rows, unit].long()
-        allowed = (count + sign >= least) & (count + sign <= most)
-        after = energy.flipped(hidden, unit, sign.to(now))
-        return unit, sign, after, energy.read(after), allowed
-
-    def accept(taken: Tensor, unit: Tensor, sign: Tensor, after: list[Tensor], value: Tensor) -> None:
-        nonlocal hidden, now, count, best
-        chosen = unit[taken]
-        state[rows[taken], chosen] = ~state[rows[taken], chosen]
-        hidden = [torch.where(taken[:, None], new, old) for new, old in zip(after, hidden, strict=True)]
-        now = torch.where(taken, value, now)
-        count = count + torch.where(taken, sign, 0)
-        better = now < best
-        best = torch.where(better, now, best)
-        best_state[better] = state[better]
-
-    begin = state.clone(), hidden, now, count
-    temperature = _start_temperature(propose, accept, lambda: now, acceptance)
-    state.copy_(begin[0])  # the walk measures; the chains begin where they were told to
-    _, hidden, now, count = begin
+    begin = draw_states(units, bounds, chains, generator) if start is None else start
+    first = _start_temperature(_Chains(energy, bounds, generator, begin.clone()), acceptance)
+    now = _Chains(energy, bounds, generator, begin.clone())
+    best, least = begin.clone(), now.energy
     moved = 0
     for step in range(steps):
-        unit, sign, after, value, allowed = propose()
-        luck = torch.rand(len(state), generator=generator)
-        taken = allowed & (luck < ((now - value) / _temperature(temperature, step, steps, cooling)).exp())
-        accept(taken, unit, sign, after, value)
+        moves = now.propose()
+        luck = torch.rand(len(begin), generator=generator)
+        temperature = _temperature(first, step, steps, cooling)
+        taken = moves.allowed & (luck < ((now.energy - moves.energy) / temperature).exp())
+        now.take(taken, moves)
         moved += int(taken.sum())
-        if (step + 1) % REFRESHED_EVERY == 0:  # sums of many flips drift
-            hidden = energy.hidden(state)
-            now = energy.read(hidden)
+        better = now.energy < least
+        least = torch.where(better, now.energy, least)
+        best[better] = now.state[better]
+        if (step + 1) % REFRESHED_EVERY == 0:
+            now.refresh()
         advance(1)
-    return Annealed(best_state, energy.of(best_state), temperature, moved / max(1, steps * len(state)))
+    return Annealed(best, energy.of(best), first, moved / max(1, steps * len(begin)))
 
 
 def _temperature(start: float, step: int, steps: int, cooling: Cooling) -> float:
@@ -179,19 +221,14 @@ def _temperature(start: float, step: int, steps: int, cooling: Cooling) -> float
     return start * float(LAST_SHARE ** (step / max(1, steps - 1)))
 
 
-def _start_temperature(
-    propose: Callable[[], tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]],
-    accept: Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor], None],
-    now: Callable[[], Tensor],
-    acceptance: float,
-) -> float:
-    """T0 from the rises of energy along a random walk of all chains, which takes every move within the bounds."""
+def _start_temperature(walk: _Chains, acceptance: float) -> float:
+    """T0 from the rises of energy along a random walk, which takes every move within the bounds."""
     rises = []
     for _ in range(WALK_STEPS):
-        unit, sign, after, value, allowed = propose()
-        rise = (value - now())[allowed]
+        moves = walk.propose()
+        rise = (moves.energy - walk.energy)[moves.allowed]
         rises.append(rise[rise > 0])
-        accept(allowed, unit, sign, after, value)
+        walk.take(moves.allowed, moves)
     found = torch.cat(rises)
     if not len(found):
         return 1e-6

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# Beyond so many utility limits nothing is of use.
+MOST_LIMITS = 5.0
+
 
 def front(points: np.ndarray) -> np.ndarray:
     """Positions of the points, (points, objectives), that no other dominates, ascending; of equal points all."""
@@ -21,6 +24,21 @@ def dominated_area(points: np.ndarray, worst: tuple[float, float]) -> float:
             area += (lowest - max(0.0, first)) * room
             lowest = max(0.0, first)
     return area
+
+
+def promising(points: np.ndarray, eligible: np.ndarray, count: int, before: float, limit: float) -> list[int]:
+    """What a search proposes of all that it has measured, as positions of eligible ones.
+
+    Half of them dominate most of what lies within the limit; the others, of :data:`MOST_LIMITS` limits.
+
+    Parameters
+    ----------
+    points: (points, 2), bias and increase of log-perplexity. eligible: positions.
+    before: bias of the unpruned model. limit: the utility limit in log-perplexity.
+    """
+    taken = greedy(points, eligible, (count + 1) // 2, (before, limit))
+    rest = np.array([one for one in eligible if one not in taken], dtype=int)
+    return taken + greedy(points, rest, count - len(taken), (before, MOST_LIMITS * limit))
 
 
 def greedy(points: np.ndarray, eligible: np.ndarray, count: int, worst: tuple[float, float]) -> list[int]:

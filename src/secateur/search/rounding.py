@@ -23,7 +23,7 @@ class Rounding(Settings):
     Attributes
     ----------
     start, factor: the smallest count of closed gates, and the ratio of one count to the one before; a range ends
-        where the utility limit is broken.
+        where the utility limit is broken, or with all gates that training has lowered.
     bisections: counts that are tried between the largest within the limit and the smallest beyond.
     rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
         best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
@@ -65,8 +65,9 @@ class Rounding(Settings):
         order = np.argsort(scores.gates, kind="stable")
         order = order[scores.gates[order] < 1]
         best, least = 0, np.inf
-        inside, beyond, count, left = 0, 0, self.start, self.bisections
-        while count <= len(order):
+        inside, beyond, left = 0, len(order) + 1, self.bisections
+        count = min(self.start, len(order))
+        while inside < count < beyond:
             outcome = yield self._selection(problem, scores.gates, order[:count], {"count": count})
             if outcome.within_limit:
                 inside = count
@@ -74,11 +75,11 @@ class Rounding(Settings):
                     best, least = count, outcome.bias_square
             else:
                 beyond = count
-            if not beyond:
-                count = max(count + 1, round(count * self.factor))
-                continue
-            count, left = round((max(inside, 1) * beyond) ** 0.5), left - 1
-            if left < 0 or not inside < count < beyond:
+            if beyond > len(order):
+                count = min(max(count + 1, round(count * self.factor)), len(order))
+            elif left:
+                count, left = round((max(inside, 1) * beyond) ** 0.5), left - 1
+            else:
                 break
         if len(order) and self.rounds:
             yield from self._refined(problem, scorer, scores.gates, order, best or min(self.start, len(order)))

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from secateur.evaluation.evaluator import Measurement
 from secateur.evaluation.racing import Race
-from secateur.progress import Advance, whole
+from secateur.progress import Advance
 from secateur.scoring.attribution import Effects
 from secateur.scoring.linear_outcome import Posterior, learn
 from secateur.search import pareto
@@ -22,8 +22,7 @@ from secateur.search.draw import Draw, Estimate, Gaps
 PRICES = (0.1, 0.3, 1.0, 3.0)
 # Masks far from the best at every price say little of those near it: half of the weight at this much more energy.
 NEAR = 0.3
-# A mask far over the limit, or with gaps far above the unpruned model's, is one to keep away from, however far.
-MOST_LIMITS = 5.0
+# A mask with gaps far above the unpruned model's, or far over the limit, is one to keep away from, however far.
 MOST_GAPS = 3.0
 # Sums of first-order effects promise too much more often than too little.
 MOST_EFFECT = 1.5
@@ -43,16 +42,6 @@ class Measured:
     gaps: Gaps
     increase: Estimate
     units: int
-
-    @property
-    def bias(self) -> float:
-        """D on all of fit, without what chance adds to it."""
-        return self.gaps.disparity
-
-    @property
-    def cost(self) -> float:
-        """The increase, at least 0: a fall on a few windows of text is luck."""
-        return max(0.0, float(self.increase.value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +75,7 @@ class Beliefs:
     ----------
     gaps, increases: posteriors over the items' coefficients, of (items, pairs * scenarios) and (items, 1).
     states: bool (states, items). bias, cost, units: of each, (states,); of what a measurement says beyond the
-        linear model that share is believed which chance does not explain.
+        linear model that share is believed which chance does not explain, and all of a cost far over the limit.
     """
 
     gaps: Posterior
@@ -96,21 +85,26 @@ class Beliefs:
     cost: np.ndarray
     units: np.ndarray
 
-    def finalists(self, count: int, before: float, limit: float) -> list[int]:
-        """Positions of states of the Pareto front that together dominate most, the least bias within the limit first.
+    def figures(self, position: int) -> dict[str, Any]:
+        """What is believed of a state, by name: D, increase of log-perplexity in nats per token, removed units."""
+        bias, cost = (round(float(values[position]), 4) for values in (self.bias, self.cost))
+        return {"fit_bias": bias, "fit_cost": cost, "fit_units": int(self.units[position])}
 
-        Half of them dominate most of what lies within the limit; the others, of some limits more.
+    @property
+    def front(self) -> np.ndarray:
+        """Positions of the states that remove something and that none dominates in bias, cost and units."""
+        front = pareto.front(np.column_stack([self.bias, self.cost, self.units]))
+        return np.asarray(front[self.units[front] > 0])
+
+    def finalists(self, count: int, before: float, limit: float) -> list[int]:
+        """Positions of states of the front that together dominate most, the least bias within the limit first.
 
         Parameters
         ----------
         before: D of the unpruned model. limit: the utility limit in log-perplexity.
         """
-        points = np.stack([self.bias, self.cost], axis=1)
-        front = pareto.front(np.column_stack([points, self.units]))
-        front = front[self.units[front] > 0]
-        taken = pareto.greedy(points, front, (count + 1) // 2, (before, limit))
-        rest = np.array([one for one in front if one not in taken], dtype=int)
-        taken += pareto.greedy(points, rest, count - len(taken), (before, MOST_LIMITS * limit))
+        points = np.column_stack([self.bias, self.cost])
+        taken = pareto.promising(points, self.front, count, before, limit)
         return sorted(taken, key=lambda one: (self.cost[one] > limit, self.bias[one], self.units[one]))
 
 
@@ -144,7 +138,7 @@ class Survey:
     def turn(self, number: int) -> None:
         """Take the next draw: a mask that suits one by luck does not stay ahead."""
         self.draw = Draw.staggered(self.problem.fit, self.markers, self.windows, self.seed, number)
-        self.race = Race.on(self.draw.part, self.seed)
+        self.race = Race.on(self.draw.part, [self.seed, number])
 
     @property
     def before(self) -> float:
@@ -154,29 +148,34 @@ class Survey:
     @property
     def limit(self) -> float:
         """The increase of log-perplexity that the prices are relative to."""
-        return float(np.log1p(self.problem.limit))
+        return self.problem.log_limit
 
-    def energy(self, one: Measured | Beliefs, price: float = 1.0) -> Any:
-        """D / D before + price * cost / limit: as measured, a number, or as believed, (states,)."""
-        return one.bias / self.before + price * one.cost / self.limit
+    def energies(self, bias: np.ndarray | float, cost: np.ndarray | float) -> np.ndarray:
+        """D / D before + price * cost / limit, (prices,) or (prices, states)."""
+        return np.array([bias / self.before + price * cost / self.limit for price in PRICES])
 
     def price_of(self, race: int) -> float:
         """Evaluations that one state on the whole draw takes, with those looked at on the slice for it."""
         return 1 + (race * self.race.share if race > 1 else 0)
 
-    def winners(self, states: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-        """The most promising of states, as a slice of the draw tells; all where there is no more than ``count``."""
+    def winners(self, states: Sequence[np.ndarray], count: int, advance: Advance = lambda _: None) -> list[np.ndarray]:
+        """The most promising of states, as a slice of the draw tells; all where there is no more than ``count``.
+
+        Parameters
+        ----------
+        advance: told of prompts and windows.
+        """
         if len(states) <= count:
             return list(states)
         draw = self.draw.on(self.race.first)
 
-        def energies(found: Measurement) -> list[float]:
-            one = Measured(states[0], *draw.estimates(found), units=0)  # energies do not depend on state and units
-            return [self.energy(one, price) for price in PRICES]
+        def energies(found: Measurement) -> np.ndarray:
+            gaps, increase = draw.estimates(found)
+            return self.energies(gaps.disparity, max(0.0, float(increase.value)))  # a fall on so little text is luck
 
         masks = [self.problem.mask(self.units_of(state)) for state in states]
         self.spent += len(states) * self.race.share
-        winners = self.race.winners(masks, count, energies)
+        winners = self.race.winners(masks, count, energies, advance)
         self.asked.update(state.tobytes() for number, state in enumerate(states) if number not in winners)
         return [states[number] for number in winners]
 
@@ -186,30 +185,38 @@ class Survey:
         return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=int)
 
     def measure(self, states: Sequence[np.ndarray], advance: Advance = lambda _: None) -> None:
-        """Measure states on the model, each once; ``advance`` is told of the states."""
+        """Measure states on the model, each once; ``advance`` is told of prompts and windows."""
         new = {state.tobytes(): state for state in states if state.tobytes() not in self.asked}
         self.asked.update(new)
         self.spent += len(new)
         drawn, masks = list(new.values()), [self.problem.mask(self.units_of(state)) for state in new.values()]
-        part = self.draw.part
-        for number, found in part.evaluate_walking(masks, whole(advance, part.work(utility=True)), utility=True):
+        for number, found in self.draw.part.evaluate_walking(masks, advance, utility=True):
             if found is not None:
                 gaps, increase = self.draw.estimates(found)
                 self.found.append(Measured(drawn[number], gaps, increase, len(masks[number].removed)))
-            if self.found:
-                best = min(self.found, key=lambda one: (one.increase.value > self.limit, one.bias, one.units))
-                self.problem.status(f"best so far D {best.bias:.2f} at {np.expm1(float(best.increase.value)):+.1%}")
+                self.problem.saw(gaps.disparity, float(increase.value))
 
     def beliefs(self, prior: Prior) -> Beliefs:
-        """What all measurements so far say, beside what attribution predicts."""
+        """What all measurements so far say, beside what attribution predicts.
+
+        States near the best count most, near by what is believed when all count alike: by what was measured of
+        themselves, those that were lucky would.
+        """
+        return self.learnt(prior, self.nearness(self.learnt(prior, np.ones(len(self.found)))))
+
+    def learnt(self, prior: Prior, weights: np.ndarray) -> Beliefs:
+        """What the measurements say if they count by weights, (states,)."""
         removed = np.stack([one.state for one in self.found])
-        weights = self._weights()
         most, start = MOST_GAPS * self.before, self.draw.unpruned.value.ravel()
         gaps = np.clip([one.gaps.value.ravel() for one in self.found], -most, most)
         expected = prior.effect[:, None] * start / self.before
         scale = _scales([removed @ expected], gaps - start, weights, MOST_EFFECT)[0]
         of_gaps = learn(removed, gaps, start, scale * expected, weights)
-        increases = np.minimum([[float(one.increase.value)] for one in self.found], MOST_LIMITS * self.limit)
+        measured, beyond = (
+            np.array([[float(one.increase.value)] for one in self.found]),
+            pareto.MOST_LIMITS * self.limit,
+        )
+        increases = np.minimum(measured, beyond)
         kinds = [np.where(kind, prior.damage, 0.0)[:, None] for kind in (prior.heads, ~prior.heads)]
         scales = _scales([removed @ kind for kind in kinds], increases, weights, np.inf)
         damage = sum(scale * kind for scale, kind in zip(scales, kinds, strict=True))
@@ -223,14 +230,14 @@ class Survey:
             increases=of_increases,
             states=removed,
             bias=np.sqrt((believed_gaps**2).mean(axis=1)),
-            cost=np.maximum(0.0, cost),
+            cost=np.where(measured[:, 0] > beyond, measured[:, 0], np.maximum(0.0, cost)),
             units=np.array([one.units for one in self.found]),
         )
 
-    def _weights(self) -> np.ndarray:
-        """How much each measured state counts, (states,): by the price at which it comes nearest to the best."""
-        energies = np.array([[self.energy(one, price) for price in PRICES] for one in self.found])
-        return np.asarray((1 / (1 + ((energies - energies.min(axis=0)) / NEAR) ** 2)).max(axis=1))
+    def nearness(self, believed: Beliefs) -> np.ndarray:
+        """Of each state to the best, (states,), at most 1: at the price at which it comes nearest."""
+        energies = self.energies(believed.bias, believed.cost)
+        return np.asarray((1 / (1 + ((energies - energies.min(axis=1, keepdims=True)) / NEAR) ** 2)).max(axis=0))
 
 
 def _scales(predicted: Sequence[np.ndarray], outcomes: np.ndarray, weights: np.ndarray, most: float) -> np.ndarray:
