@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 from command import small_suite
+from synthetic import METHODS, reach
 
 from secateur.measures.disparity import Table
 from secateur.reports.distributions import distributions
-from secateur.reports.figures import broken, candidates_figure, pareto_front, plain
+from secateur.reports.figures import agreement_figure, broken, candidates_figure, matrix_figure, pareto_front, plain
 from secateur.reports.maps import COLUMNS, heads_map, listed, neurons_map, removed_by_layer
 from secateur.studies.candidates import CandidateRecord
 from secateur.suites import Suite
@@ -175,3 +177,26 @@ def test_the_pareto_front_leaves_out_what_is_no_better_than_cheaper_masks_and_wh
     assert pareto_front([far, two, worse, lost, one], 0.02) == [one, two]
     drawn = json.loads(candidates_figure([one, far], 0.02).to_json())["data"]
     assert drawn[1]["x"] == [0, 20]
+
+
+def luminance(colour: np.ndarray) -> np.ndarray:
+    """Relative luminance of sRGB colours from 0 to 1, (..., 3), as WCAG 2 defines it."""
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    return np.asarray(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("picture", [matrix_figure, agreement_figure])
+def test_the_text_of_every_cell_stands_out_from_its_colour(picture: Callable[..., go.Figure]) -> None:
+    """At least 4.5 to 1 over the whole scale; cells are opaque, so the same on a light page and on a dark one."""
+    cells = trace(picture(reach(), METHODS[0]), "heatmap")
+    places, colours = zip(*cells["colorscale"], strict=True)
+    ends, along = np.array([rgb(colour) for colour in colours]), np.linspace(0, 1, 201)
+    drawn = luminance(np.stack([np.interp(along, places, channel) for channel in ends.T], axis=1))
+    ink = luminance(np.array(rgb(cells["textfont"]["color"])))
+    contrast = (np.maximum(drawn, ink) + 0.05) / (np.minimum(drawn, ink) + 0.05)
+    assert contrast.min() >= 4.5
+    assert cells["texttemplate"]

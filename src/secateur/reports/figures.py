@@ -18,6 +18,9 @@ BEFORE, AFTER, NEUTRAL = "#ea580c", "#0d9488", "#8b8b8b"
 # Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
+# Scales of heat maps, pale enough at both ends for one dark ink on every cell, on a white page and on a dark one.
+PALE, FALL, RISE, INK = "#f5f5f4", "#14b8a6", "#f97316", "#1c1917"
+CELL_TEXT = {"color": INK, "size": 12}
 WIDEST_LIMITS = 10
 WIDEST_NAME = 16
 FEW = 12
@@ -262,10 +265,11 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
         zmin=-100,
         zmax=100,
-        colorscale=[[0, AFTER], [0.5, "#f5f5f4"], [1, BEFORE]],
+        colorscale=[[0, FALL], [0.5, PALE], [1, RISE]],
         colorbar={"title": "change<br>of B, %", "thickness": 12},
         text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
         texttemplate="%{text}",
+        textfont=CELL_TEXT,
         customdata=[
             [
                 [""] * 3
@@ -285,7 +289,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         xgap=2,
         ygap=2,
     )
-    figure.update_yaxes(autorange="reversed", title_text="fitted on")
+    figure.update_yaxes(autorange="reversed", title={"text": "fitted on", "standoff": 14})
     figure.update_xaxes(title_text="judged on", tickangle=-40)
     return style(figure, 190 + 34 * len(sources))
 
@@ -315,9 +319,10 @@ def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
         z=[[None if np.isnan(value) else value for value in row] for row in z.tolist()],
         zmin=0,
         zmax=max((one.found.jaccard for one in found), default=0) or 1,
-        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorscale=[[0, PALE], [1, FALL]],
         colorbar={"title": "Jaccard", "thickness": 12},
         texttemplate="%{z:.2f}",
+        textfont=CELL_TEXT,
         customdata=hover,
         hovertemplate="%{y} and %{x}<br>Jaccard %{z:.3f}: %{customdata}<extra></extra>",
         hoverongaps=False,
@@ -340,7 +345,7 @@ def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
         z=[layers[source] for source in sources],
         zmin=0,
         zmax=max((max(counts) for counts in layers.values()), default=0) or 1,
-        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorscale=[[0, PALE], [1, FALL]],
         colorbar={"title": "units", "thickness": 12},
         hovertemplate="%{y}, layer %{x}: %{z} units<extra></extra>",
         xgap=1,

@@ -38,6 +38,8 @@ from secateur.studies.verification import Verification
 from secateur.suites import Suite, fill
 from secateur.units import Mask
 
+# Pixels: a cell with a figure such as "-100*", a layer, and what stands beside the cells (names and the scale).
+CELL_WIDTH, LAYER_WIDTH, BESIDE_CELLS = 46, 12, 240
 REPORT_JS = files("secateur.reports").joinpath("templates/report.js").read_text(encoding="utf-8")
 
 
@@ -108,9 +110,9 @@ def render_generalise(result: GeneraliseResult) -> str:
     """The report of where repairs hold, as HTML."""
     pictures = {
         name: {
-            "matrix": _picture(matrix_figure(result, name)),
-            "agreement": _picture(agreement_figure(result, name)),
-            "layers": _picture(layers_figure(result.layers[name])),
+            "matrix": _heat_map(matrix_figure(result, name), "Change of B by source and target"),
+            "agreement": _heat_map(agreement_figure(result, name), "Units shared by every two repairs"),
+            "layers": _heat_map(layers_figure(result.layers[name]), "Removed units by layer", LAYER_WIDTH),
             "candidates": _picture(candidates_figure(result.candidates(name), result.limit, front=False)),
         }
         for name in result.methods
@@ -157,11 +159,22 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _picture(figure: go.Figure) -> Markup:
-    """Where a figure is drawn, as high as it will be, and what is drawn, as data."""
-    return Markup('<div class="plot" style="height: {}px"></div>').format(figure.layout.height) + _data(
-        figure.to_json()
-    )
+def _picture(figure: go.Figure, least: int = 0) -> Markup:
+    """Where a figure is drawn, as high as it will be and at least so wide, in pixels, and what is drawn, as data."""
+    size = f"height: {figure.layout.height}px" + (f"; min-width: {least}px" if least else "")
+    return Markup('<div class="plot" style="{}"></div>').format(size) + _data(figure.to_json())
+
+
+def _heat_map(figure: go.Figure, label: str, column: int = CELL_WIDTH) -> Markup:
+    """A heat map with room for what its cells say: a narrow screen scrolls it sideways instead of squeezing it.
+
+    Parameters
+    ----------
+    label: of the region that scrolls. column: least width of a column, in pixels.
+    """
+    least = BESIDE_CELLS + column * len(figure.data[0].x)
+    region = Markup('<div class="scroll" tabindex="0" role="region" aria-label="{}">{}</div>')
+    return region.format(label, _picture(figure, least))
 
 
 def _drawn(found: Distributions) -> dict[str, Any]:
