@@ -19,6 +19,7 @@ from secateur.attenuation import Attenuation
 from secateur.reports.card import command_line
 from secateur.reports.distributions import Distributions, distributions
 from secateur.reports.figures import (
+    Choices,
     agreement_figure,
     candidates_figure,
     cost_figure,
@@ -26,6 +27,7 @@ from secateur.reports.figures import (
     matrix_figure,
     pareto_figure,
     scenario_figure,
+    sources_figure,
     widest_increase,
 )
 from secateur.reports.maps import COLUMNS, heads_map, neurons_map, removed_by_layer
@@ -113,7 +115,7 @@ def render_generalise(result: GeneraliseResult) -> str:
             "matrix": _heat_map(matrix_figure(result, name), "Change of B by source and target"),
             "agreement": _heat_map(agreement_figure(result, name), "Units shared by every two repairs"),
             "layers": _heat_map(layers_figure(result.layers[name]), "Removed units by layer", LAYER_WIDTH),
-            "candidates": _picture(candidates_figure(result.candidates(name), result.limit, front=False)),
+            "candidates": _choices(sources_figure(result.fits_of(name), result.limit)),
         }
         for name in result.methods
     }
@@ -177,16 +179,17 @@ def _heat_map(figure: go.Figure, label: str, column: int = CELL_WIDTH) -> Markup
     return region.format(label, _picture(figure, least))
 
 
+def _choices(found: Choices | None) -> dict[str, Any] | None:
+    """What the template shows of a figure that shows one thing at a time."""
+    if found is None:
+        return None
+    picture, data = _picture(found.figure), _data(json.dumps(found.states), "states")
+    return {"picture": picture, "data": data, "names": found.names, "start": found.start, "states": found.states}
+
+
 def _drawn(found: Distributions) -> dict[str, Any]:
     """What the template shows of distributions."""
-    return {
-        "picture": _picture(found.figure),
-        "data": _data(json.dumps(found.states), "states"),
-        "names": found.names,
-        "start": found.start,
-        "states": found.states,
-        "spreads": found.spreads,
-    }
+    return {**(_choices(found) or {}), "spreads": found.spreads}
 
 
 def _data(text: str, name: str = "data") -> Markup:

@@ -25,10 +25,10 @@ for (const chooser of document.querySelectorAll("select.chooser")) {
   const figure = chooser.closest("figure");
   const states = read(figure.querySelector(".states"));
   chooser.addEventListener("change", () => {
-    const { x, title, text } = states[chooser.value];
+    const { data, layout, text } = states[chooser.value];
     const plot = figure.querySelector(".plot");
     draw(plot);
-    Plotly.update(plot, { x }, { "xaxis.title.text": title });
+    Plotly.update(plot, data, layout);
     figure.querySelector("output").textContent = text;
   });
 }
