@@ -424,7 +424,7 @@ def generalise(
             )
         directory.write_json("generalise.json", result.as_dict())
         write_text(directory.staging / "generalise.csv", result.csv())
-        write_text(directory.staging / "report.html", render_generalise(result))
+        write_text(directory.staging / "report.html", render_generalise(result, directory.target))
     (directory.target / STATE).unlink(missing_ok=True)
     return result
 
@@ -664,7 +664,7 @@ def _write_record(model: LanguageModel, plan: Plan, directory: Path, format: str
 def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputDirectory) -> None:
     directory.write_json("result.json", result.as_dict())
     directory.write_json("run.json", result.run)
-    write_text(directory.staging / "report.html", render_repair(result))
+    write_text(directory.staging / "report.html", render_repair(result, directory.target))
     plan = result.plan
     if plan is not None:
         plan.save(directory.staging)
