@@ -219,7 +219,15 @@ def verify(
     loaded.mask.check(model)
     directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
     with writing(directory):
-        result = verifications.verify(model, asked, loaded.mask, chosen, progress=progress, seen=loaded.seen(asked))
+        result = verifications.verify(
+            model,
+            asked,
+            loaded.mask,
+            chosen,
+            progress=progress,
+            seen=loaded.seen(asked),
+            record=loaded.record,
+        )
         if directory is not None:
             directory.write_json("verify.json", {**result.as_dict(), "run": result.run})
             write_text(directory.staging / "report.html", render_verify(result))

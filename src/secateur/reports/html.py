@@ -36,11 +36,11 @@ from secateur.reports.figures import (
 from secateur.reports.maps import COLUMNS, heads_map, neurons_map, removed_by_layer
 from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
-from secateur.studies.compare import CompareResult
+from secateur.studies.compare import DRAWS, CompareResult
 from secateur.studies.reach import GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.slim import SlimResult
-from secateur.studies.verification import Verification
+from secateur.studies.verification import Verification, told_plan
 from secateur.suites import Suite, fill, load_suite, suite_names
 from secateur.suites.joining import spaced
 from secateur.units import Mask
@@ -101,7 +101,13 @@ def render_repair(result: RepairResult, place: str | Path = RUN) -> str:
 def render_verify(result: Verification) -> str:
     """The report of a verification, as HTML."""
     return _render(
-        "verify.html.j2", result.run, plots=False, result=result, verification=result, example=_example(result.suite)
+        "verify.html.j2",
+        result.run,
+        plots=False,
+        result=result,
+        verification=result,
+        plan=told_plan(result.plan),
+        example=_example(result.suite),
     )
 
 
@@ -239,7 +245,7 @@ def _settings(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("text of the utility", f"{told['utility_text'] or 'the built-in English text'}"),
         ("tokens of it a part", most["utility_tokens"]),
         ("control suite", told["control_suite"] or "none"),
-        ("random masks", _value(told["random_draws"])),
+        ("random masks", str(told["random_draws"] or DRAWS)),
         ("what a removed unit gives", told["ablation"]),
         ("dealing into fit, select and test", told["dealing"]),
         ("markers a group to fit, and to choose", f"{most['max_markers']} of the part"),
