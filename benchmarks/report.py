@@ -6,7 +6,7 @@ chromium-driver.
 
 Interactive is the end of the last task of more than 50 ms before the page is quiet (shorter tasks keep no reader
 waiting), or the end of the load event, if that is later. Printed beside it: the load event, and the longest task after
-it, which is how long a reader's click may wait while pictures are drawn.
+it, which is how long a reader's click may wait while a picture is drawn. Pictures are drawn when a reader comes near.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.support.wait import WebDriverWait
 
 FLAGS = (
     "--headless=new",
@@ -33,9 +32,8 @@ WATCH = (
     "window.longTasks = []; new PerformanceObserver(list => list.getEntries().forEach("
     "task => longTasks.push([task.startTime, task.duration]))).observe({type: 'longtask', buffered: true})"
 )
-DRAWN = "return [...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))"
 LOADED = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
-QUIET = 2  # seconds without a new task
+QUIET = 5  # seconds after the load event in which all tasks are counted
 
 
 def made_up(directory: Path) -> Path:
@@ -54,7 +52,6 @@ def measure(driver: webdriver.Chrome, page: Path) -> tuple[float, float, float]:
     """Milliseconds until a page is loaded and interactive, and its longest task after the load event."""
     driver.get("about:blank")
     driver.get(page.resolve().as_uri())
-    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(DRAWN))
     time.sleep(QUIET)
     loaded, tasks = driver.execute_script(LOADED), driver.execute_script("return longTasks")
     interactive = max([loaded, *(start + length for start, length in tasks)])
