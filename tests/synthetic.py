@@ -71,7 +71,7 @@ def reach() -> GeneraliseResult:
                 around(0.6, 0.1),
                 around(0.2, 0.1),
                 around(0.4, 0.1),
-                tuple(suite for suite in SUITES if suite.endswith(attribute)),
+                uses=tuple(suite for suite in SUITES if suite.endswith(attribute)),
             )
             for name in METHODS
             for attribute in ("gender", "race")
