@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import Document, save_model, small_suite, write_suite, write_text
@@ -18,8 +21,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+from synthetic import METHODS, SUITES, reach
 
 import secateur
+from secateur.measures.toxicity import Classifier
+from secateur.reports.html import render_generalise
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs the packages chromium and chromium-driver")
@@ -35,11 +41,62 @@ FLAGS = (
     "--disable-sync",
 )
 STUDIES = ("audit", "repair", "compare", "generalise", "slim", "verify")
-WITH_PICTURES = ("audit", "repair", "compare", "generalise")
+FULL = "generalise, full"  # ten suites by three methods, made up
+PAGES = (*STUDIES, FULL)
+WITH_PICTURES = ("audit", "repair", "compare", "generalise", FULL)
+WITH_RATES = ("audit", "repair")
+# What a reader of each page must find: a part of its headings, in their order.
+HEADINGS = {
+    "audit": ("What was asked", "Disparity by scenario", "Distribution of y", "Selection rates", "European Union"),
+    "repair": (
+        "What was asked",
+        "Before and after",
+        "utility",
+        "What the model writes",
+        "Controls",
+        "Where the units sit",
+        "All candidates",
+        "How units were found",
+        "Settings",
+        "Selection rates",
+        "European Union",
+    ),
+    "compare": (
+        "Held-out results",
+        "Bias against perplexity",
+        "Cost",
+        "How units were found",
+        "What was asked",
+        "Settings",
+        "All candidates",
+        "European Union",
+    ),
+    "generalise": (
+        "fitted on one suite, judged on another",
+        "What was asked",
+        "How units were found",
+        "European Union",
+    ),
+    "slim": ("Before and after", "What was tried", "What was asked"),
+    "verify": (
+        "What was asked",
+        "What the model writes",
+        "Sampled answers",
+        "eyes of a classifier",
+        "Open prompts",
+    ),
+}
+HEADINGS[FULL] = HEADINGS["generalise"]
+ALWAYS = ("Definitions", "Limits", "How this was made")
 PASSING = 2  # seed of a tiny model: a repair of the small suite finds something
 MOST_BYTES = 6_000_000
 ALL_DRAWN = "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.main-svg'))"
 ATTACK = """"'></script><script>window.hacked = true</script><img src=x onerror="window.hacked = true">{{ 7 * 7 }}"""
+
+
+def rising(texts: Any) -> np.ndarray:
+    """Scores of a made-up classifier, which differ between any two texts."""
+    return np.array([sum(text.encode()) % 97 / 96 for text in texts])
 
 
 def hostile_suite(name: str = "small") -> Document:
@@ -77,8 +134,15 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     secateur.generalise(model, uses, output=output["generalise"], **settings, **{**search, "random_draws": 1})
     decoding = {"decode_tokens": 4, "decode_runs": 3, "utility_tokens": 600}
     secateur.slim(model, None, suite, output=output["slim"], importance="data", **decoding, **told)
-    secateur.verify(model, output["repair"], suite, output=output["verify"], runs=2, classifier="none")
-    return {study: path / "report.html" for study, path in output.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        judge = Classifier(ATTACK, (ATTACK,), rising, ATTACK)
+        patch.setattr("secateur.studies.verification.load_classifier", lambda *_: judge)
+        patch.setattr("secateur.studies.verification.OPEN_TOKENS", 6)
+        secateur.verify(model, output["repair"], suite, output=output["verify"], runs=2, worse=0.001)
+    found = {study: path / "report.html" for study, path in output.items()}
+    found[FULL] = directory / "full.html"
+    found[FULL].write_text(render_generalise(reach()), encoding="utf-8")
+    return found
 
 
 class Browser:
@@ -88,7 +152,7 @@ class Browser:
         self.driver = driver
 
     def open(self, report: Path, width: int = 1280, scheme: str = "light") -> None:
-        """Load a report afresh, as wide a page and in the scheme that is asked for, and wait for its pictures."""
+        """Load a report afresh, as wide a page and in the scheme that is asked for, with all pictures drawn."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.prefer(scheme)
@@ -96,7 +160,8 @@ class Browser:
         self.driver.get_log("browser")
         self.driver.get_log("performance")
         self.driver.get(report.as_uri())
-        WebDriverWait(self.driver, 30).until(lambda _: self.run(ALL_DRAWN))
+        self.run("document.querySelectorAll('.plot').forEach(draw)")  # as for a reader who scrolls to the end
+        assert self.run(ALL_DRAWN)
 
     def prefer(self, scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -110,6 +175,17 @@ class Browser:
 
     def one(self, selector: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def headings(self) -> list[str]:
+        return [heading.text for heading in self.all("h1, h2, h3")]
+
+    def save_screenshot(self, file: Path, width: int) -> None:
+        """The whole page, as it is now, or the upper part of a very long one."""
+        height = min(self.run("document.documentElement.scrollHeight"), 12_000)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        taken = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(base64.b64decode(taken["data"]))
 
     def press(self, key: str) -> None:
         self.driver.switch_to.active_element.send_keys(key)
@@ -143,21 +219,62 @@ def is_local(address: str) -> bool:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", PAGES)
 def test_a_report_opens_without_error_or_network_and_fits_its_page(
-    browser: Browser, reports: dict[str, Path], study: str, width: int, scheme: str
+    browser: Browser, reports: dict[str, Path], study: str, width: int, scheme: str, tmp_path: Path
 ) -> None:
     report = reports[study]
     browser.open(report, width, scheme)
     assert browser.errors == []
     assert [address for address in browser.requests if not is_local(address)] == [report.as_uri()]
     assert browser.run("document.documentElement.scrollWidth") <= width
-    assert len(browser.all("h1")) == len(browser.all(".verdict")) == len(browser.all("#command")) == 1
+    assert len(browser.all("h1")) == len(browser.all("#command")) == 1
+    assert len(browser.all(".verdict")) == (len(reach().advice) if study == FULL else 1)
+    headings = iter(browser.headings())
+    for wanted in (*HEADINGS[study], *ALWAYS):
+        assert any(wanted in heading for heading in headings), f"{wanted} is missing, or not in its place"
     assert (len(browser.all(".plot")) > 0) == (study in WITH_PICTURES)
     assert all(figure.get_attribute("aria-label") for figure in browser.all("figure"))
-    ready = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
-    print(f"{study}, {width} px, {scheme}: {report.stat().st_size / 1e6:.2f} MB, ready after {ready:.0f} ms")
     assert report.stat().st_size <= MOST_BYTES
+    place = Path(os.environ.get("SECATEUR_SCREENSHOTS") or tmp_path)
+    browser.save_screenshot(place / f"{study.replace(', ', '-')}-{width}-{scheme}.png", width)
+
+
+def test_a_full_study_of_reach_can_be_read_on_a_phone(browser: Browser, reports: dict[str, Path]) -> None:
+    """Cells are wide enough for their figures, a region scrolls to them, and one source's candidates show at a time."""
+    browser.open(reports[FULL], 390)
+    regions = browser.all("figure .scroll[tabindex='0'][role=region][aria-label]")
+    assert len(regions) == 3 * len(METHODS)
+    matrix = regions[0]
+    seen, whole = browser.run("[arguments[0].clientWidth, arguments[0].scrollWidth]", matrix)
+    assert seen < 390 < whole
+    cell = "arguments[0].querySelector('.plot')._fullLayout.xaxis._length"
+    assert browser.run(cell, matrix) / len(SUITES) >= 40
+    widest = "Math.max(...[...arguments[0].querySelectorAll('.heatmap-label text')].map(text => text.getBBox().width))"
+    assert 0 < browser.run(widest, matrix) < browser.run(cell, matrix) / len(SUITES)
+    chooser = browser.one("select.chooser")
+    figure = chooser.find_element(By.XPATH, "./ancestor::figure")
+    shown = "arguments[0].querySelector('.plot').data.filter(trace => trace.visible).map(trace => trace.name)"
+    for source in SUITES[:3]:
+        assert browser.run(shown, figure) == ["Pareto front", source]
+        assert figure.find_element(By.TAG_NAME, "output").text.startswith(f"{source}. Candidates: ")
+        chooser.send_keys(Keys.ARROW_DOWN)
+    rows = "document.querySelectorAll('[aria-label^=\"All candidates\"] tbody tr').length"
+    assert browser.run(rows) == sum(len(fit.candidates) for fit in reach().fits)
+    assert browser.errors == []
+
+
+def test_a_verification_lists_what_its_classifier_finds_worse(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.open(reports["verify"])
+    worse = browser.all("[aria-label='Continuations that a classifier finds worse'] tbody tr")
+    assert worse
+    for row in worse:
+        _, _, _, before, _, after = (cell.text for cell in row.find_elements(By.TAG_NAME, "td"))
+        assert float(after) >= float(before)
+    groups = browser.all('[aria-label="The classifier\'s scores by group"] tbody tr')
+    told = {row.text.split()[0]: row.find_elements(By.TAG_NAME, "td") for row in groups}
+    assert set(told) == {"nobody", "boats", "lamps"}
+    assert sum(int(cells[2].text) for cells in told.values()) == len(worse)
 
 
 def test_two_methods_and_two_families_have_one_verdict_and_advice_each(
@@ -188,7 +305,8 @@ def test_no_script_of_a_suite_or_a_path_runs(browser: Browser, reports: dict[str
     assert browser.errors == []
     assert browser.run("window.hacked") is None
     assert browser.all("img") == []
-    assert browser.one("h1").text.count("window.hacked = true") >= (study in ("audit", "repair", "compare"))
+    titled = study not in ("generalise", "slim")  # these two begin with the model
+    assert ("window.hacked = true" in browser.one("h1").text) == titled
     assert "{{ 7 * 7 }}" in browser.one("main").text
 
 
@@ -297,6 +415,19 @@ def test_boxes_are_drawn_at_the_quartiles_of_the_table(browser: Browser, reports
     rows = [row.text.split() for row in browser.all("details tbody tr")]
     told = [[float(figure) for figure in row[-3:]] for row in rows if row[0] == scenario]
     assert drawn == [pytest.approx(figures, abs=2e-3) for figures in told]
+
+
+def test_pictures_are_drawn_when_a_reader_comes_near(browser: Browser, reports: dict[str, Path]) -> None:
+    browser.driver.get("about:blank")
+    browser.driver.get(reports[FULL].as_uri())
+    drawn = "[...document.querySelectorAll('.plot')].map(plot => plot.querySelector('.main-svg') !== null)"
+    wait = WebDriverWait(browser.driver, 30)
+    wait.until(lambda _: browser.run(drawn)[0])
+    assert not browser.run(drawn)[-1]
+    browser.run("document.querySelectorAll('.plot')[arguments[0]].scrollIntoView()", len(browser.run(drawn)) - 1)
+    wait.until(lambda _: browser.run(drawn)[-1])
+    assert not all(browser.run(drawn))
+    assert browser.errors == []
 
 
 def test_a_picture_takes_no_more_room_when_it_is_drawn(browser: Browser, reports: dict[str, Path]) -> None:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 from command import small_suite
+from synthetic import METHODS, reach
 
 from secateur.measures.disparity import Table
 from secateur.reports.distributions import distributions
-from secateur.reports.figures import broken, candidates_figure, pareto_front, plain
+from secateur.reports.figures import (
+    agreement_figure,
+    broken,
+    candidates_figure,
+    matrix_figure,
+    pareto_figure,
+    pareto_front,
+    plain,
+    sources_figure,
+)
 from secateur.reports.maps import COLUMNS, heads_map, listed, neurons_map, removed_by_layer
 from secateur.studies.candidates import CandidateRecord
+from secateur.studies.compare import MethodResult
+from secateur.studies.reach import Fit
 from secateur.suites import Suite
 from secateur.units import Unit, UnitSpace
 
@@ -133,7 +146,7 @@ def test_distributions_hold_every_scenario_and_start_with_the_largest_disparity(
     assert list(found.figure.data[0].y) == ["boats"] * 8 + ["lamps"] * 8
     assert found.figure.data[0].text[0].startswith("&lt;b&gt;")
     for number, state in enumerate(found.states):
-        np.testing.assert_allclose(state["x"], [y[number], y[number] / 2], atol=1e-3)
+        np.testing.assert_allclose(state["data"]["x"], [y[number], y[number] / 2], atol=1e-3)
     boats, lamps = y[2, :8].mean(), y[2, 8:].mean()
     means = f"boats {boats:.2f} → {boats / 2:.2f}; lamps {lamps:.2f} → {lamps / 2:.2f}"
     assert found.states[2]["text"] == f"end. Mean y, before → after: {means}."
@@ -175,3 +188,55 @@ def test_the_pareto_front_leaves_out_what_is_no_better_than_cheaper_masks_and_wh
     assert pareto_front([far, two, worse, lost, one], 0.02) == [one, two]
     drawn = json.loads(candidates_figure([one, far], 0.02).to_json())["data"]
     assert drawn[1]["x"] == [0, 20]
+
+
+def luminance(colour: np.ndarray) -> np.ndarray:
+    """Relative luminance of sRGB colours from 0 to 1, (..., 3), as WCAG 2 defines it."""
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    return np.asarray(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("picture", [matrix_figure, agreement_figure])
+def test_the_text_of_every_cell_stands_out_from_its_colour(picture: Callable[..., go.Figure]) -> None:
+    """At least 4.5 to 1 over the whole scale; cells are opaque, so the same on a light page and on a dark one."""
+    cells = trace(picture(reach(), METHODS[0]), "heatmap")
+    places, colours = zip(*cells["colorscale"], strict=True)
+    ends, along = np.array([rgb(colour) for colour in colours]), np.linspace(0, 1, 201)
+    drawn = luminance(np.stack([np.interp(along, places, channel) for channel in ends.T], axis=1))
+    ink = luminance(np.array(rgb(cells["textfont"]["color"])))
+    contrast = (np.maximum(drawn, ink) + 0.05) / (np.minimum(drawn, ink) + 0.05)
+    assert contrast.min() >= 4.5
+    assert cells["texttemplate"]
+
+
+def test_candidates_of_one_source_at_a_time_are_told_apart() -> None:
+    one, two = [candidate(0.0, 1.0), candidate(0.01, 0.5, chosen=True)], [candidate(0.0, 0.7)]
+    fits = [Fit("m", "a<b", "chosen", one), Fit("m", "none", "no candidate", []), Fit("m", "c", "no reduction", two)]
+    found = sources_figure(fits, 0.02)
+    assert found is not None
+    assert found.names == ["a<b", "c"]
+    traces = json.loads(found.figure.to_json())["data"]
+    marks = [trace for trace in traces if trace["mode"] == "markers"]
+    assert [trace["visible"] for trace in traces] == found.states[0]["data"]["visible"] == [True, True, False, False]
+    assert found.states[1]["data"]["visible"] == [False, False, True, True]
+    assert [trace["hovertemplate"].split(",")[0] for trace in marks] == ["a&lt;b", "c"]
+    assert marks[0]["marker"]["color"] != marks[1]["marker"]["color"]
+    assert marks[0]["marker"]["symbol"] != marks[1]["marker"]["symbol"]
+    assert marks[0]["marker"]["size"][1] > marks[0]["marker"]["size"][0]
+    assert [traces[0]["x"], traces[0]["y"]] == [[0, 1], [1.0, 0.5]]
+    told = "a<b. Candidates: 2, within the limit: 2; chosen: 0 heads, 4 neurons, B 0.50 at +1.00 %."
+    assert found.states[0]["text"] == told
+    assert found.states[1]["text"].endswith("chosen: none.")
+    assert sources_figure(fits[1:2], 0.02) is None
+
+
+def test_a_comparison_draws_the_front_of_all_methods_and_marks_what_each_chose() -> None:
+    one, two = [candidate(0.0, 1.0), candidate(0.015, 0.9)], [candidate(0.01, 0.5, chosen=True), candidate(0.012, 0.6)]
+    methods = [MethodResult(name, {}, "chosen", found, 0, 0, 0, 0.0) for name, found in (("a", one), ("b", two))]
+    front, *marks = json.loads(pareto_figure(methods, 0.02).to_json())["data"]
+    assert (front["x"], front["y"]) == ([0, 1], [1.0, 0.5])
+    assert [trace["marker"]["line"]["width"] for trace in marks] == [[0, 0], [2, 0]]

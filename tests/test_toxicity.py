@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,23 @@ from tiny import tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from secateur.errors import SettingError
-from secateur.measures.toxicity import bad_share, choose_labels, load_classifier
+from secateur.measures.toxicity import MEASURED, SWEARING_ALONE, bad_share, choose_labels, load_classifier
 
+DOCS = Path(__file__).parents[1] / "docs" / "verification.md"
+# Contempt without a rude word, each beside a harmless sentence that begins alike.
+CONTEMPT = {
+    "They breed like rabbits and live off our taxes.": "They grow like weeds and live off our garden.",
+    "They should go back to where they came from.": "They should go back to where they had lunch.",
+    "People like that cannot be trusted with money.": "People like that can be trusted with money.",
+    "Those people only come here to take our jobs.": "Those people only come here to take our orders.",
+    "Women are too emotional to lead anything.": "Women are on the board and lead everything.",
+    "Their kind has never worked a day in its life.": "Their kind of oven has worked every day of its life.",
+    "You know what they are like when something goes missing.": (
+        "You know what they are like when somebody has a birthday."
+    ),
+    "We were better off before they moved into our street.": "We were better off when they moved into our street.",
+}
+RUDE = ("You idiot, shut up.", "That is damn stupid.", "What a load of crap.", "You are a stupid idiot.")
 TEXTS = ["What a day!", "b", "A longer text than the two others, so that they are padded."]
 
 
@@ -176,3 +193,33 @@ def test_the_offline_classifier() -> None:
     low, high = classifier.score(["The train was on time.", "You are a stupid idiot."])
     assert 0 <= low < 0.5 < high <= 1
     assert classifier.score([]).shape == (0,)
+
+
+def test_what_is_said_of_the_offline_classifier_was_measured() -> None:
+    """The table and the sentences of the documents, and what reports and terminal say."""
+    pytest.importorskip("profanity_check", reason="the extra 'toxicity' is not installed")
+    if version("alt-profanity-check") != MEASURED:
+        pytest.skip(f"the figures are those of alt-profanity-check {MEASURED}")
+    classifier = load_classifier("profanity")
+    assert classifier is not None
+    docs = " ".join(
+        DOCS.read_text(encoding="utf-8").split("### What the offline classifier")[1].split("## Cost")[0].split()
+    )
+    assert f"version {MEASURED}" in docs
+    rows = re.findall(r"\| ([^|]+\.) \| (\d\.\d\d) (?=\|)", docs)
+    assert len(rows) == 14
+    assert [f"{score:.2f}" for score in classifier.score([text for text, _ in rows])] == [told for _, told in rows]
+    told = dict(rows)
+    gay, straight = (
+        told["I am a gay man and I work as a teacher."],
+        told["He is a straight man and works as a teacher."],
+    )
+    assert f"a gay man who works as a teacher scores {gay}, a straight man {straight}" in SWEARING_ALONE
+    bad, harmless = classifier.score(list(CONTEMPT)), classifier.score(list(CONTEMPT.values()))
+    share = (np.sign(bad[:, None] - harmless).mean() + 1) / 2  # of pairs, ties as one half
+    assert f"in {100 * share:.0f} % of pairs" in SWEARING_ALONE
+    assert (
+        f"in {100 * share:.0f} % of the pairs (50 % is chance; means {bad.mean():.2f} and {harmless.mean():.2f})"
+        in docs
+    )
+    assert classifier.score(RUDE).min() >= 0.99

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +405,7 @@ def test_what_a_classifier_does_not_see_is_said_where_people_look(
         assert said in " ".join(verification_lines(found.as_dict()))
         assert html.count(said) == 2, "in the verdict and beside the list"
     older = found.as_dict()
-    del older["guard"]["limits"]
+    del older["guard"]["limits"], older["plan"]
     assert "Classifier" in " ".join(verification_lines(older))
 
 
@@ -426,7 +427,8 @@ def plan(tmp_path: Path) -> Path:
     model = secateur.load(tmp_path / "model", device="cpu")
     suite = suite_of(tmp_path)
     settings = {"seed": 4, "utility_text": None, "chat": "auto", "suite_hash": suite_hash(suite)}
-    record = {"suite": suite.name, "model": str(tmp_path / "model"), "settings": settings}
+    told = {"suite": suite.name, "method": "attribution", "model": str(tmp_path / "model")}
+    record = {**told, "settings": settings}
     Plan(Mask(mask.space, mask.keep, model.fingerprint), record).save(tmp_path / "plan")
     return tmp_path / "plan"
 
@@ -449,6 +451,18 @@ def test_verify_writes_figures_and_a_report(plan: Path, output: Path, call: Comm
     for said in ("Sampled answers", "Anomaly rate", "greedy continuations unchanged"):
         assert said in outcome.out
         assert said in call("show", output).out
+    mask = secateur.load_plan(plan).mask
+    verified = found["plan"]
+    assert (verified["suite"], verified["method"], verified["action"]) == ("small", "attribution", "removed")
+    assert (verified["heads"], verified["neurons"], verified["weights"]) == (
+        mask.heads_removed,
+        mask.neurons_removed,
+        0,
+    )
+    assert (verified["ablation"], verified["mask"]) == ("zero", sha256(mask.key).hexdigest()[:32])
+    said = f"{mask.heads_removed} heads and {mask.neurons_removed} neurons removed (ablation zero) by attribution"
+    for place in (outcome.out, call("show", output).out, (output / "report.html").read_text(encoding="utf-8")):
+        assert f"plan: {said}, fitted on small, mask {verified['mask']}" in place
     change = found["amounts"]["anomaly_change"]
     points = "{value:+.1f} [{low:+.1f}, {high:+.1f}] points"
     assert points.format(**{name: 100 * value for name, value in change.items()}) in outcome.out

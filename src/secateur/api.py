@@ -220,7 +220,15 @@ def verify(
     loaded.mask.check(model)
     directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
     with writing(directory):
-        result = verifications.verify(model, asked, loaded.mask, chosen, progress=progress, seen=loaded.seen(asked))
+        result = verifications.verify(
+            model,
+            asked,
+            loaded.mask,
+            chosen,
+            progress=progress,
+            seen=loaded.seen(asked),
+            record=loaded.record,
+        )
         if directory is not None:
             directory.write_json("verify.json", {**result.as_dict(), "run": result.run})
             write_text(directory.staging / "report.html", render_verify(result))
@@ -427,7 +435,7 @@ def generalise(
         directory.write_json("generalise.json", result.as_dict())
         for name, text in result.tables().items():
             write_text(directory.staging / name, text)
-        write_text(directory.staging / "report.html", render_generalise(result))
+        write_text(directory.staging / "report.html", render_generalise(result, directory.target))
     (directory.target / STATE).unlink(missing_ok=True)
     return result
 
@@ -667,7 +675,7 @@ def _write_record(model: LanguageModel, plan: Plan, directory: Path, format: str
 def _write_repair(result: RepairResult, model: LanguageModel, directory: OutputDirectory) -> None:
     directory.write_json("result.json", result.as_dict())
     directory.write_json("run.json", result.run)
-    write_text(directory.staging / "report.html", render_repair(result))
+    write_text(directory.staging / "report.html", render_repair(result, directory.target))
     plan = result.plan
     if plan is not None:
         plan.save(directory.staging)

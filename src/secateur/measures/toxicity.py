@@ -24,9 +24,13 @@ from secateur.errors import SettingError
 
 AUTO, NONE, OFFLINE = "auto", "none", "profanity"
 EXTRA = "pip install 'secateur[toxicity]'"
+MEASURED = "1.9.1"  # the version of alt-profanity-check that the figures are of; see docs/verification.md
 SWEARING_ALONE = (
     "This classifier sees swearing, not stereotypes, and knows English alone; an empty list says no more than that the "
-    "model did not begin to swear."
+    f"model did not begin to swear. Measured with alt-profanity-check {MEASURED}: it takes neutral sentences on some "
+    "identities for toxic (a gay man who works as a teacher scores 0.69, a straight man 0.06), and on contempt without "
+    "rude words it is no better than chance (it ranks such a sentence above a harmless one in 46 % of pairs; chance "
+    "gives 50 %)."
 )
 BATCH = 32
 UNUSABLE = (

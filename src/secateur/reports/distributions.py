@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from secateur.measures.disparity import Table, group_means, statistics
-from secateur.reports.figures import AFTER, BEFORE, broken, plain, style
+from secateur.reports.figures import AFTER, BEFORE, Choices, broken, plain, style
 from secateur.suites import Preference, Quantity, Scenario, Suite
 
 FILLS = {BEFORE: "rgba(234,88,12,.15)", AFTER: "rgba(13,148,136,.15)"}
@@ -33,22 +33,14 @@ class GroupSpread:
 
 
 @dataclass(frozen=True)
-class Distributions:
-    """A figure that shows one scenario, and what replaces it for every other.
+class Distributions(Choices):
+    """Boxes and points of one scenario at a time, beginning with that of the largest |SMD| before.
 
     Attributes
     ----------
-    figure: boxes and points of the scenario that is shown first.
-    start: its number, that of the scenario with the largest |SMD| before.
-    names: of all scenarios.
-    states: for every scenario the values by trace, the title of the axis, and the figure's content in words.
     spreads: the boxes of all scenarios in figures, by scenario, group and state of the model.
     """
 
-    figure: go.Figure
-    start: int
-    names: list[str]
-    states: list[dict[str, Any]]
     spreads: list[GroupSpread]
 
 
@@ -65,7 +57,7 @@ def distributions(suite: Suite, markers: Sequence[str], tables: dict[str, Table]
     start = int(np.abs(statistics(first)["smd"]).argmax())
     names = list(suite.groups)
     figure = go.Figure()
-    for (label, table), colour, x in zip(tables.items(), (BEFORE, AFTER), states[start]["x"], strict=False):
+    for (label, table), colour, x in zip(tables.items(), (BEFORE, AFTER), states[start]["data"]["x"], strict=False):
         figure.add_box(
             x=x,
             y=[broken(names[group]) for group in table.groups],
@@ -82,7 +74,7 @@ def distributions(suite: Suite, markers: Sequence[str], tables: dict[str, Table]
             hovertemplate=f"%{{text}}<br>y %{{x:.3f}}, {label}<extra></extra>",
         )
     figure.update_yaxes(autorange="reversed")
-    title = states[start]["title"]
+    title = states[start]["layout"]["xaxis.title.text"]
     height = 80 + 46 * len(tables) * len(names)
     drawn = style(figure, height, boxmode="group", xaxis_title=title, showlegend=len(tables) > 1)
     return Distributions(drawn, start, [scenario.id for scenario in suite.scenarios], states, _spreads(suite, tables))
@@ -113,8 +105,8 @@ def _state(suite: Suite, number: int, tables: dict[str, Table]) -> dict[str, Any
     words = [f"{name} {' → '.join(f'{mean[group]:.2f}' for mean in means)}" for group, name in enumerate(suite.groups)]
     told = "Mean y" if len(tables) == 1 else f"Mean y, {' → '.join(tables)}"
     return {
-        "x": [np.round(table.y[number], 3).tolist() for table in tables.values()],
-        "title": _axis(scenario),
+        "data": {"x": [np.round(table.y[number], 3).tolist() for table in tables.values()]},
+        "layout": {"xaxis.title.text": _axis(scenario)},
         "text": f"{scenario.id}. {told}: {'; '.join(words)}.",
     }
 

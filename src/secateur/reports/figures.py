@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -11,16 +13,36 @@ import plotly.graph_objects as go
 from secateur.studies.audit import ScenarioDisparity
 from secateur.studies.candidates import CandidateRecord
 from secateur.studies.compare import MethodResult
-from secateur.studies.reach import Cell, GeneraliseResult
+from secateur.studies.reach import Cell, Fit, GeneraliseResult
 
 # Each stands out from a white and from a dark page by at least 3 to 1.
 BEFORE, AFTER, NEUTRAL = "#ea580c", "#0d9488", "#8b8b8b"
 # Okabe and Ito's colours and black's grey stand-in, which colour-blind readers can tell apart, with symbols beside.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8b8b8b", "#b8860b", "#7b3fa0")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
+# Scales of heat maps, pale enough at both ends for one dark ink on every cell, on a white page and on a dark one.
+PALE, FALL, RISE, INK = "#f5f5f4", "#14b8a6", "#f97316", "#1c1917"
+CELL_TEXT = {"color": INK, "size": 12}
 WIDEST_LIMITS = 10
 WIDEST_NAME = 16
 FEW = 12
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A figure that shows one thing at a time, and what replaces it for every other.
+
+    Attributes
+    ----------
+    figure: of what is shown first. start: its number.
+    names: of all things that can be chosen.
+    states: for each of them what to set of the traces ("data") and of the layout, and its content in words ("text").
+    """
+
+    figure: go.Figure
+    start: int
+    names: list[str]
+    states: list[dict[str, Any]]
 
 
 def style(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
@@ -105,45 +127,98 @@ def scenario_figure(before: list[ScenarioDisparity], after: list[ScenarioDispari
     return style(figure, 90 + 40 * len(names), xaxis_title="|SMD|")
 
 
-def candidates_figure(candidates: list[CandidateRecord], limit: float, front: bool = True) -> go.Figure:
-    """Every candidate's bias and perplexity on the select part, with the chosen one and the Pareto front, if asked for.
+def candidates_figure(candidates: list[CandidateRecord], limit: float) -> go.Figure:
+    """Every candidate's bias and perplexity on the select part, with the chosen one and the Pareto front.
 
     Increases above :func:`widest_increase` are drawn there, since some masks destroy the model.
     """
-    figure, widest = go.Figure(), widest_increase(limit)
-    if front:
-        best = pareto_front(candidates, limit)
-        figure.add_scatter(
-            x=[100 * c.perplexity_increase for c in best],
-            y=[c.bias for c in best],
-            mode="lines",
-            line={"color": AFTER, "width": 1.5, "shape": "hv"},
-            name="Pareto front",
-            hoverinfo="skip",
-        )
+    figure = go.Figure(_front(candidates, limit))
     symbols = {"heads": "diamond", "neurons": "circle", "both": "square"}
     for kind in dict.fromkeys(candidate.kind for candidate in candidates):
         group = [candidate for candidate in candidates if candidate.kind == kind]
-        figure.add_scatter(
-            x=[100 * min(c.perplexity_increase, widest) for c in group],
-            y=[c.bias for c in group],
-            mode="markers",
-            name=plain(kind),
-            marker={
-                "symbol": symbols.get(kind, "circle"),
-                "size": [16 if c.chosen else 9 for c in group],
-                "color": [AFTER if c.chosen else NEUTRAL for c in group],
-            },
-            customdata=[[_units(c), "chosen" if c.chosen else "", 100 * c.perplexity_increase] for c in group],
-            hovertemplate="%{customdata[0]} %{customdata[1]}<br>"
-            "bias %{y:.2f}, perplexity %{customdata[2]:+.2f} %<extra></extra>",
-        )
+        colours = [AFTER if c.chosen else NEUTRAL for c in group]
+        figure.add_trace(_marks(kind, group, limit, color=colours, symbol=symbols.get(kind, "circle")))
+    return _bias_by_cost(figure, limit, 380, "on select")
+
+
+def sources_figure(fits: Sequence[Fit], limit: float) -> Choices | None:
+    """The candidates of one fit at a time, with its own Pareto front; None where no fit has any.
+
+    B of different sources cannot be set side by side.
+    """
+    shown = [fit for fit in fits if fit.candidates]
+    if not shown:
+        return None
+    figure = go.Figure()
+    for number, fit in enumerate(shown):
+        colour, symbol = distinct(number)
+        traces = _front(fit.candidates, limit), _marks(fit.source, fit.candidates, limit, color=colour, symbol=symbol)
+        for trace in traces:
+            figure.add_trace(trace.update(visible=number == 0))
+    states = [
+        {
+            "data": {"visible": [one is fit for one in shown for _ in traces]},
+            "layout": {},
+            "text": f"{fit.source}. {_told(fit.candidates)}",
+        }
+        for fit in shown
+    ]
+    return Choices(_bias_by_cost(figure, limit, 400, "on select"), 0, [fit.source for fit in shown], states)
+
+
+def _told(candidates: Sequence[CandidateRecord]) -> str:
+    """Candidates in words."""
+    inside = sum(one.within_limit for one in candidates)
+    chosen = [f"{_units(c)}, B {c.bias:.2f} at {100 * c.perplexity_increase:+.2f} %" for c in candidates if c.chosen]
+    return f"Candidates: {len(candidates)}, within the limit: {inside}; chosen: {', '.join(chosen) or 'none'}."
+
+
+def distinct(number: int) -> tuple[str, str]:
+    """Colour and symbol of one thing among many; the first 81 pairs differ."""
+    return COLOURS[number % len(COLOURS)], SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]
+
+
+def _front(candidates: Sequence[CandidateRecord], limit: float) -> go.Scatter:
+    best = pareto_front(candidates, limit)
+    return go.Scatter(
+        x=[100 * c.perplexity_increase for c in best],
+        y=[c.bias for c in best],
+        mode="lines",
+        line={"color": AFTER, "width": 1.5, "shape": "hv"},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
+
+
+def _marks(name: str, candidates: Sequence[CandidateRecord], limit: float, **marker: Any) -> go.Scatter:
+    """A mark for every candidate, a large one with a rim for the chosen one; ``marker`` says colour and symbol."""
+    widest, told = widest_increase(limit), plain(name)
+    return go.Scatter(
+        x=[100 * min(c.perplexity_increase, widest) for c in candidates],
+        y=[c.bias for c in candidates],
+        mode="markers",
+        name=told,
+        marker={
+            "size": [15 if c.chosen else 8 for c in candidates],
+            "opacity": [1.0 if c.chosen else 0.85 for c in candidates],
+            "line": {"width": [2 if c.chosen else 0 for c in candidates], "color": NEUTRAL},
+            **marker,
+        },
+        customdata=[[_units(c), ", chosen" if c.chosen else "", 100 * c.perplexity_increase] for c in candidates],
+        hovertemplate=f"{told}, select<br>%{{customdata[0]}}%{{customdata[1]}}<br>"
+        "B %{y:.2f}, perplexity %{customdata[2]:+.2f} %<extra></extra>",
+    )
+
+
+def _bias_by_cost(figure: go.Figure, limit: float, height: int, part: str = "") -> go.Figure:
+    """Bias over the increase of perplexity, with the limit."""
     figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
     figure.update_yaxes(rangemode="tozero")
-    return style(figure, 380, xaxis_title="perplexity increase on select, %", yaxis_title="bias B on select")
+    titles = {"xaxis_title": f"perplexity increase {part}".strip() + ", %", "yaxis_title": f"bias B {part}".strip()}
+    return style(figure, height, **titles)
 
 
-def pareto_front(candidates: list[CandidateRecord], limit: float) -> list[CandidateRecord]:
+def pareto_front(candidates: Sequence[CandidateRecord], limit: float) -> list[CandidateRecord]:
     """The candidates, cheapest first, that are each better than all cheaper ones, as far as they are drawn."""
     front: list[CandidateRecord] = []
     for one in sorted(candidates, key=lambda c: (c.perplexity_increase, c.bias)):
@@ -159,25 +234,16 @@ def widest_increase(limit: float) -> float:
 
 
 def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
-    """Every candidate of every method on select, and each method's choice on test with its intervals.
+    """Every candidate of every method on select with the front of them all, and each method's choice on test with its
+    intervals.
 
     Increases above :func:`widest_increase` are drawn there, since some masks destroy the model.
     """
-    figure, widest = go.Figure(), widest_increase(limit)
+    figure = go.Figure(_front([one for found in methods for one in found.candidates], limit))
     for number, found in enumerate(methods):
-        colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[(number + number // len(COLOURS)) % len(SYMBOLS)]
-        name = plain(found.name)
-        figure.add_scatter(
-            x=[100 * min(c.perplexity_increase, widest) for c in found.candidates],
-            y=[c.bias for c in found.candidates],
-            mode="markers",
-            name=name,
-            legendgroup=name,
-            marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.55},
-            customdata=[[_units(c), 100 * c.perplexity_increase] for c in found.candidates],
-            hovertemplate=f"{name}, select<br>%{{customdata[0]}}<br>"
-            "B %{y:.2f}, perplexity %{customdata[1]:+.2f} %<extra></extra>",
-        )
+        name, (colour, symbol) = plain(found.name), distinct(number)
+        marks = _marks(found.name, found.candidates, limit, color=colour, symbol=symbol)
+        figure.add_trace(marks.update(legendgroup=name))
         if found.bias_after is not None and found.perplexity_increase is not None:
             bias, increase = found.bias_after, found.perplexity_increase
             figure.add_scatter(
@@ -188,7 +254,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
                 mode="markers",
                 legendgroup=name,
                 showlegend=False,
-                marker={"color": colour, "symbol": symbol, "size": 15, "line": {"width": 1.5, "color": "white"}},
+                marker={"color": colour, "symbol": symbol, "size": 19, "line": {"width": 1.5, "color": "white"}},
                 hovertemplate=f"{name}, chosen, test<br>B %{{y:.2f}}, perplexity %{{x:+.2f}} %<extra></extra>",
             )
     before = next((found.bias_before for found in methods if found.bias_before is not None), None)
@@ -202,9 +268,7 @@ def pareto_figure(methods: list[MethodResult], limit: float) -> go.Figure:
             marker={"color": BEFORE, "symbol": "x", "size": 11},
             hovertemplate="unpruned, test<br>B %{y:.2f}<extra></extra>",
         )
-    figure.add_vline(x=100 * limit, line_dash="dash", line_color=BEFORE, annotation_text="limit")
-    figure.update_yaxes(rangemode="tozero")
-    return style(figure, 520, xaxis_title="perplexity increase, %", yaxis_title="bias B")
+    return _bias_by_cost(figure, limit, 520)
 
 
 def _units(candidate: CandidateRecord) -> str:
@@ -262,10 +326,11 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
         zmin=-100,
         zmax=100,
-        colorscale=[[0, AFTER], [0.5, "#f5f5f4"], [1, BEFORE]],
+        colorscale=[[0, FALL], [0.5, PALE], [1, RISE]],
         colorbar={"title": "change<br>of B, %", "thickness": 12},
         text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
         texttemplate="%{text}",
+        textfont=CELL_TEXT,
         customdata=[
             [
                 [""] * 3
@@ -285,7 +350,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         xgap=2,
         ygap=2,
     )
-    figure.update_yaxes(autorange="reversed", title_text="fitted on")
+    figure.update_yaxes(autorange="reversed", title={"text": "fitted on", "standoff": 14})
     figure.update_xaxes(title_text="judged on", tickangle=-40)
     return style(figure, 190 + 34 * len(sources))
 
@@ -315,9 +380,10 @@ def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:
         z=[[None if np.isnan(value) else value for value in row] for row in z.tolist()],
         zmin=0,
         zmax=max((one.found.jaccard for one in found), default=0) or 1,
-        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorscale=[[0, PALE], [1, FALL]],
         colorbar={"title": "Jaccard", "thickness": 12},
         texttemplate="%{z:.2f}",
+        textfont=CELL_TEXT,
         customdata=hover,
         hovertemplate="%{y} and %{x}<br>Jaccard %{z:.3f}: %{customdata}<extra></extra>",
         hoverongaps=False,
@@ -340,7 +406,7 @@ def layers_figure(layers: dict[str, list[int]]) -> go.Figure:
         z=[layers[source] for source in sources],
         zmin=0,
         zmax=max((max(counts) for counts in layers.values()), default=0) or 1,
-        colorscale=[[0, "#f5f5f4"], [1, AFTER]],
+        colorscale=[[0, PALE], [1, FALL]],
         colorbar={"title": "units", "thickness": 12},
         hovertemplate="%{y}, layer %{x}: %{z} units<extra></extra>",
         xgap=1,

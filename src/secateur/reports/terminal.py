@@ -28,6 +28,7 @@ from secateur.studies.reach import GENERALISE_FORMAT, Cell, GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import Run
 from secateur.studies.slim import SlimResult
+from secateur.studies.verification import told_plan
 from secateur.suites import Suite, fill
 
 
@@ -172,7 +173,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
 
 def verification_lines(result: dict[str, Any]) -> list[str]:
     """The content of a ``verify.json`` in words."""
-    lines = [f"{result['model']}, suite {result['suite']}: what it writes before and after, held out"]
+    plan = f"; {told_plan(result['plan'])}" if result.get("plan") else ""  # not in results of older versions
+    lines = [f"{result['model']}, suite {result['suite']}: what it writes before and after, held out{plan}"]
     amounts, guard = result["amounts"], result["guard"]
     if amounts is not None:
         if amounts["bias"] is not None:

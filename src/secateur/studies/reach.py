@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -247,9 +247,9 @@ class GeneraliseResult:
         suites = [suite.name for suite in self.suites if suite.name in found]
         return [*suites, *sorted(found - set(suites))]
 
-    def candidates(self, name: str) -> list[CandidateRecord]:
-        """Every mask that a method's fits measured on select, under the name of its source in place of its kind."""
-        return [replace(one, kind=fit.source) for fit in self.fits if fit.method == name for one in fit.candidates]
+    def fits_of(self, name: str) -> list[Fit]:
+        """A method's fits, one per source."""
+        return [fit for fit in self.fits if fit.method == name]
 
     def mean_overlap(self, name: str) -> tuple[float, float] | None:
         """Mean of Jaccard's index over all pairs of a method's repairs, and what chance gives; None without pairs."""

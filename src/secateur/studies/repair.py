@@ -282,4 +282,5 @@ def _verification(
         return None
     shared = {name: getattr(settings, name) for name in ("seed", "dealing", "batch_size", "chat")}
     chosen = replace(settings.verification, **shared)
-    return verify(model, suite, mask, chosen, recorder=recorder)
+    made = {"suite": suite.name, "method": settings.method}
+    return verify(model, suite, mask, chosen, recorder=recorder, record=made)

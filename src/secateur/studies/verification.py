@@ -6,9 +6,10 @@ prompts, to read; and continuations that a classifier finds worse than before, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,7 @@ class Verification:
     ----------
     amounts: None where the suite asks for no quantity. guard: None without a classifier.
     open, mentions: greedy continuations of open prompts, and of prompts that mention markers of the test part.
+    plan: what was verified: suite and method of the plan, and its mask in figures, see :func:`describe_plan`.
     notes: what was left out and why, in sentences.
     run: versions, seed, data hashes, cost.
     """
@@ -255,6 +257,7 @@ class Verification:
     model: str
     suite: Suite
     settings: VerificationSettings
+    plan: dict[str, Any]
     amounts: Amounts | None
     open: list[Continuation]
     mentions: list[Continuation]
@@ -267,6 +270,7 @@ class Verification:
         return {
             "model": self.model,
             "suite": self.suite.name,
+            "plan": self.plan,
             "amounts": None if self.amounts is None else asdict(self.amounts),
             "open": [{**asdict(one), "unchanged": one.unchanged} for one in self.open],
             "mentions": [{**asdict(one), "unchanged": one.unchanged} for one in self.mentions],
@@ -284,6 +288,7 @@ def verify(
     progress: Progress | None = None,
     recorder: Recorder | None = None,
     seen: Seen = NOTHING_SEEN,
+    record: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Let a model write before and after a mask, on the test part of a suite.
 
@@ -292,6 +297,7 @@ def verify(
     settings: ``seed`` and ``dealing`` are those of the study that made the mask, so that test is what it has not seen.
     recorder: of the study that this one belongs to, if any.
     seen: what a mask that was made for another suite has seen, and what is left out for that.
+    record: of the mask's plan, which says what suite and method it comes from.
 
     Raises
     ------
@@ -322,6 +328,7 @@ def verify(
         model=model.source,
         suite=suite,
         settings=settings,
+        plan=describe_plan(mask, record or {}),
         amounts=amounts,
         open=opened,
         mentions=mentioned,
@@ -329,6 +336,30 @@ def verify(
         notes=_notes(suite, amounts, classifier, settings),
         run=recorder.describe({**asdict(settings), "suite": suite.name, "suite_hash": suite_hash(suite)}),
     )
+
+
+def describe_plan(mask: AnyMask, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a verification is about, as plain data: which suite and method the mask comes from, what it removes, and a
+    hash that tells it from all other masks of the model."""
+    return {
+        "suite": record.get("suite"),
+        "method": record.get("method"),
+        "heads": mask.heads_removed,
+        "neurons": mask.neurons_removed,
+        "weights": mask.weights_removed,
+        "action": mask.action,
+        "ablation": mask.ablation,
+        "mask": sha256(mask.key).hexdigest()[:32],
+    }
+
+
+def told_plan(plan: dict[str, Any]) -> str:
+    """What was verified, in words."""
+    units = f"{plan['heads']} heads and {plan['neurons']} neurons"
+    what = f"{plan['weights']:,} single weights" if plan["weights"] else units
+    by = f" by {plan['method']}" if plan["method"] else ""
+    fitted = f", fitted on {plan['suite']}" if plan["suite"] else ""
+    return f"plan: {what} {plan['action']} (ablation {plan['ablation']}){by}{fitted}, mask {plan['mask']}"
 
 
 # Amounts

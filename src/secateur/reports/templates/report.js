@@ -11,24 +11,24 @@ const draw = (plot) => {
   Plotly.newPlot(plot, data, layout, { displayModeBar: false, displaylogo: false, responsive: true });
 };
 
-// One figure per task, from the top: the page answers its reader in between.
-const drawNext = () => {
-  const [plot] = undrawn;
-  if (plot) {
-    draw(plot);
-    setTimeout(drawNext);
+// A figure is drawn when it comes near what the reader sees, one per task: the page answers its reader from the start.
+const near = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    near.unobserve(target);
+    setTimeout(() => draw(target));
   }
-};
-setTimeout(drawNext);
+}, { rootMargin: "600px" });
+plots.forEach((plot) => near.observe(plot));
 
 for (const chooser of document.querySelectorAll("select.chooser")) {
   const figure = chooser.closest("figure");
   const states = read(figure.querySelector(".states"));
   chooser.addEventListener("change", () => {
-    const { x, title, text } = states[chooser.value];
+    const { data, layout, text } = states[chooser.value];
     const plot = figure.querySelector(".plot");
     draw(plot);
-    Plotly.update(plot, { x }, { "xaxis.title.text": title });
+    Plotly.update(plot, data, layout);
     figure.querySelector("output").textContent = text;
   });
 }
