@@ -38,7 +38,7 @@ from secateur.studies.parts import Parts
 from secateur.studies.reach import FOREIGN_TEXT, Cell
 from secateur.studies.record import Recorder
 from secateur.studies.relations import differences, joint_sources, relation
-from secateur.studies.summary import summarise, verdict_of
+from secateur.studies.summary import Squares, summarise, verdict_of
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined, spaced
 from secateur.units import Mask, UnitSpace
@@ -786,32 +786,43 @@ def pairs(relation: Any, proven: int, biased: int, method: str = "attribution", 
     return [*found, replace(cell(method=method, relation=relation, **changes), before=Interval(0.3, 0.0, 0.5))]
 
 
-def test_a_summary_counts_pairs_and_averages_those_with_a_bias() -> None:
-    cells = [*pairs("across", 1, 3), cell(relation="attributes", differs=("attribute", "domain"))]
+def squares_of(cells: list[Cell]) -> dict[tuple[str, str], Squares]:
+    """Made-up squares of every pair."""
     rng = np.random.default_rng(0)
-    replicates = {(one.source, one.target): rng.normal(0.2, 0.1, 1000) for one in cells}
-    across, attributes = summarise("attribution", cells, replicates)
+    return {
+        (one.source, one.target): Squares(rng.normal(0.5, 0.3, 2), rng.normal(0.5, 0.3, (2, 1000))) for one in cells
+    }
+
+
+def test_a_summary_counts_pairs_and_takes_all_of_them_as_one_suite() -> None:
+    cells = [*pairs("across", 1, 3), cell(relation="attributes", differs=("attribute", "domain"))]
+    squares = squares_of(cells)
+    across, attributes = summarise("attribution", cells, squares, {})
     assert (across.pairs, across.set_aside, across.biased, across.proven) == (4, 0, 3, 1)
-    assert across.change_percent is not None
-    assert across.change_percent.value == pytest.approx(-20)
-    drawn = np.mean([replicates[f"source {number}", f"target {number}"] for number in range(3)], axis=0)
-    assert across.change_percent.low == pytest.approx(-100 * np.percentile(drawn, 97.5))
+    counted = [squares[one.source, one.target] for one in cells[:4]]
+    before, after = np.sqrt(np.maximum(0, sum(one.value for one in counted) / 4))
+    drawn = np.sqrt(np.maximum(0, sum(one.replicates for one in counted) / 4))
+    assert across.pooled is not None
+    assert (across.pooled.before.value, across.pooled.after.value) == pytest.approx((before, after))
+    assert across.pooled.reduction.value == pytest.approx(1 - after / before)
+    assert across.pooled.change.low == pytest.approx(np.percentile(drawn[1] - drawn[0], 2.5))
     assert across.perplexity_increase == pytest.approx(0.001)
-    assert (attributes.pairs, attributes.set_aside, attributes.change_percent) == (0, 1, None)
+    assert (attributes.pairs, attributes.set_aside, attributes.pooled) == (0, 1, None)
 
 
 def test_random_masks_are_summed_up_by_their_smallest_and_largest_draw() -> None:
-    draws = [Interval(0.1, -0.2, 0.3), Interval(0.2, 0.1, 0.5)]
-    cells = [cell(relation="random", differs=(), target=str(n), reduction=draw) for n, draw in enumerate(draws)]
-    (row,) = summarise("attribution", cells, {})
-    assert row.change_percent == Interval(pytest.approx(-15), pytest.approx(-50), pytest.approx(20))
+    cells = [cell(relation="random", differs=(), target=str(number)) for number in range(2)]
+    squares = {"0": np.array([1.0, 0.64, 1.0, 0.3]), "1": np.array([1.0, 0.64, 0.62])}  # the last draw is not finite
+    (row,) = summarise("attribution", cells, {}, squares)
+    assert row.pooled is not None
+    assert row.pooled.reduction == Interval(pytest.approx(0.15), pytest.approx(0.1), pytest.approx(0.2))
+    assert row.pooled.before == Interval(1.0, 1.0, 1.0)
     assert (row.interval, row.perplexity_increase) == ("smallest and largest draw", None)
 
 
 def summed_up(*cells: Cell) -> str:
-    drawn = {(one.source, one.target): np.zeros(10) for one in cells}
-    methods = dict.fromkeys(one.method for one in cells)
-    rows = [row for name in methods for row in summarise(name, [one for one in cells if one.method == name], drawn)]
+    methods = {one.method: [each for each in cells if each.method == one.method] for one in cells}
+    rows = [row for name, of in methods.items() for row in summarise(name, of, squares_of(of), {})]
     return verdict_of(rows, compared=True)
 
 
@@ -827,23 +838,27 @@ def test_the_verdict_says_where_repairs_help() -> None:
         "in 0 of 1. None is proven to carry over to a use that it was not fitted on."
     )
     assert summed_up(*pairs("own", 0, 0)).startswith("In none of one pair of a repair and a use could a bias be told")
-    rows = summarise("attribution", pairs("own", 0, 1), {("source 0", "target 0"): np.zeros(10)})
+    alone = pairs("own", 0, 1)
+    rows = summarise("attribution", alone, squares_of(alone), {})
     assert "without random masks to compare with nothing is proven" in verdict_of(rows, compared=False)
     assert verdict_of([], compared=True) == "No repair was found that could be judged."
 
 
 @pytest.mark.usefixtures("chosen_anyway")
-def test_a_summary_holds_the_mean_over_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cell, "bias_shown", True)
+def test_a_summary_is_of_its_cells(tmp_path: Path) -> None:
     model, suites, settings = study(tmp_path)
-    result = generalise(model, suites, settings)
-    assert [row.relation for row in result.summary] == ["own", "across"]
+    result = generalise(model, suites, replace(settings, random_draws=2))
+    assert [row.relation for row in result.summary] == ["own", "across", "random"]
     for row in result.summary:
-        found = [max(-1, one.reduction.value) for one in result.cells if one.relation == row.relation]
-        assert row.pairs == row.biased == len(found) == 2
-        assert row.change_percent is not None
-        assert row.change_percent.value == pytest.approx(-100 * np.mean(found))
-        assert row.change_percent.low < row.change_percent.high
+        cells = [one for one in result.cells if one.relation == row.relation]
+        assert row.pairs == len(cells) == 2
+        assert row.pooled is not None
+        # Roots of squares that are clipped at 0 can only be larger than the root of their mean.
+        before = np.array([one.before.value for one in cells])
+        assert row.pooled.before.value <= np.sqrt((before**2).mean()) + 1e-9
+        if all(before > 0):
+            assert row.pooled.before.value == pytest.approx(np.sqrt((before**2).mean()))
+        assert row.pooled.after.low <= row.pooled.after.high
 
 
 def test_random_masks_are_no_claim() -> None:

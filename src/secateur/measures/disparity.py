@@ -415,9 +415,17 @@ def interval_of_bias(table: Table, seed: int = 0) -> Interval:
 
 def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
     """Compare two states of a model on the same prompts."""
-    roots = _root(bootstrap_squares([before, after], seed))
-    point = _root(np.array([corrected_square(before, seed), corrected_square(after, seed)]))
+    point = np.array([corrected_square(before, seed), corrected_square(after, seed)])
+    return compare_squares(point, bootstrap_squares([before, after], seed))
 
+
+def compare_squares(squares: np.ndarray, replicates: np.ndarray) -> Comparison:
+    """Compare two states by B^2 before the root, (2,), and its bootstrap replicates, (2, replicates).
+
+    Squares of several suites may be averaged first: B^2 is a mean over scenarios, and errors above and below 0 even
+    out as long as no root is taken.
+    """
+    point, roots = _root(squares), _root(replicates)
     return Comparison(
         before=Interval.of(point[0], roots[0]),
         after=Interval.of(point[1], roots[1]),

@@ -294,16 +294,18 @@ def _summary_table(result: GeneraliseResult) -> Table:
     table = Table(title="Over pairs that differ in one thing (+ in more)", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
     table.add_column("where")
-    for name in ("pairs", "with a bias", "proven", "mean change of B, %", "median perplexity, %"):
+    for name in ("pairs", "with a bias", "proven", "B before", "change, %", "median perplexity, %"):
         table.add_column(name, justify="right")
     for row in result.summary:
-        change, cost = row.change_percent, row.perplexity_increase
+        cost, pooled = row.perplexity_increase, row.pooled
+        change = None if pooled is None else pooled.reduction.as_change
         table.add_row(
             escape(row.method),
             row.place,
             f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
             str(row.biased),
             "" if row.relation == "random" else str(row.proven),
+            "" if pooled is None else f"{pooled.before.value:.2f}",
             "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]"),
             "" if cost is None else f"{100 * cost:+.2f}",
         )

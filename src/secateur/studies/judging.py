@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from secateur.measures.disparity import Interval, Table, compare, holm, p_value, reduction_replicates, suite_bias
+from secateur.measures.disparity import (
+    Interval,
+    Table,
+    bootstrap_squares,
+    compare,
+    corrected_square,
+    holm,
+    p_value,
+    suite_bias,
+)
 from secateur.measures.disparity import reduction as reduction_of
 from secateur.measures.splits import NOTHING_SEEN
 from secateur.studies.advice import Advice, Use, advise
 from secateur.studies.fitting import Fitting
 from secateur.studies.reach import Cell, Summary
 from secateur.studies.relations import Mode, Relation, differences, family_of, relation
-from secateur.studies.summary import summarise
+from secateur.studies.summary import Squares, summarise
 from secateur.suites import Suite
 from secateur.weights import AnyMask, WeightMask
 
@@ -30,7 +39,8 @@ class Judging:
     Attributes
     ----------
     modes: which pairs of suites are looked at. random_draws: random masks judged on every target.
-    after: y on the test part of a target, by method, source and target.
+    after: y on the test part of a target, by method, source and target. random: under every random mask, by method and
+        target.
     notes: what could not be judged, in sentences.
     """
 
@@ -38,6 +48,7 @@ class Judging:
     modes: Sequence[Mode]
     random_draws: int
     after: dict[tuple[str, str, str], Table] = field(init=False, default_factory=dict)
+    random: dict[tuple[str, str], list[Table]] = field(init=False, default_factory=dict)
     notes: list[str] = field(init=False, default_factory=list)
 
     @property
@@ -52,6 +63,7 @@ class Judging:
             masks = [self.fitted.masks[name, source] for source, _ in judged]
             measured = self._measured(name, target, masks + self._random_masks(masks))
             random = [after for after in measured[len(masks) :] if after is not None]
+            self.random[name, target.name] = random
             for (source, how), after in zip(judged, measured, strict=False):
                 if after is None:
                     self.notes.append(
@@ -187,25 +199,35 @@ class Judging:
 
     def summary(self, name: str, cells: Sequence[Cell]) -> list[Summary]:
         """What a method's repairs do by what a target differs in; ``cells`` are those of the method."""
-        return summarise(name, cells, self._replicates(name, cells))
+        return summarise(name, cells, self._squares(name, cells), self._random_squares(name))
 
-    def _replicates(self, name: str, cells: Sequence[Cell]) -> dict[tuple[str, str], np.ndarray]:
-        """Of the reductions in cells with a bias, (replicates,) by source and target; alike drawn in all of them."""
+    def _random_squares(self, name: str) -> dict[str, np.ndarray]:
+        """B^2 of a target before and under every random mask that stands beside a method, (1 + draws,)."""
+        return {
+            target.name: np.array([corrected_square(one, self._seed) for one in (self._before(target), *drawn)])
+            for target in self.fitted.suites
+            if (drawn := self.random.get((name, target.name)))
+        }
+
+    def _squares(self, name: str, cells: Sequence[Cell]) -> dict[tuple[str, str], Squares]:
+        """B^2 before and after by source and target, under resamples that are drawn alike for all."""
         targets = {target.name: target for target in self.fitted.suites}
-        asked = [cell for cell in cells if cell.relation != "random" and cell.bias_shown]
+        asked = [cell for cell in cells if cell.relation != "random"]
         alike = dict[tuple[Any, ...], list[Cell]]()  # those that are judged on the same share one resampling
         for cell in asked:
             rows, keep = self._unseen(cell.source, targets[cell.target])
             alike.setdefault((cell.target, *rows, keep.tobytes()), []).append(cell)
-        found = dict[tuple[str, str], np.ndarray]()
+        found = dict[tuple[str, str], Squares]()
         for inside in alike.values():
             target = inside[0].target
             rows, keep = self._unseen(inside[0].source, targets[target])
             before = _cut(self._before(targets[target]), rows, keep)
             afters = [_cut(self.after[name, cell.source, target], rows, keep) for cell in inside]
             markers = self._marker_names(targets[target], keep)
-            drawn = reduction_replicates(before, afters, self._seed, markers, target)
-            found |= {(cell.source, target): one for cell, one in zip(inside, drawn, strict=True)}
+            values = np.array([corrected_square(table, self._seed) for table in (before, *afters)])
+            drawn = bootstrap_squares([before, *afters], self._seed, markers, target)
+            for row, cell in enumerate(inside, start=1):
+                found[cell.source, target] = Squares(values[[0, row]], drawn[[0, row]])
         return found
 
     def advice(self, name: str) -> list[Advice]:

@@ -167,7 +167,7 @@ class Summary:
     pairs: that were judged and differ in one thing at most. set_aside: judged, but they differ in more.
     biased: pairs with a bias before the repair that can be told from chance on what they are judged on.
     proven: of these, how many are.
-    change_percent: mean change of B over the biased pairs, in percent of B before; None without any.
+    pooled: B before and after over all of these pairs, biased or not, as over one large suite; None without any.
     interval: what its ends are: "95 %" bootstrap over markers, drawn alike in all suites, and scenarios, drawn in each
         by itself, for these pairs and masks; of random masks the smallest and the largest draw.
     perplexity_increase: median over the repairs of these pairs; None for random masks.
@@ -179,7 +179,7 @@ class Summary:
     set_aside: int
     biased: int
     proven: int
-    change_percent: Interval | None
+    pooled: Comparison | None
     interval: str
     perplexity_increase: float | None
 

@@ -1,12 +1,13 @@
-"""What a study of where repairs hold comes to: means over pairs, and one sentence for who reads no tables."""
+"""What a study of where repairs hold comes to: all pairs of a kind, and one sentence for who reads no tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from secateur.measures.disparity import Interval
+from secateur.measures.disparity import Comparison, Interval, compare_squares
 from secateur.studies.reach import PLACES, Cell, Summary
 from secateur.studies.relations import Relation
 
@@ -14,16 +15,31 @@ from secateur.studies.relations import Relation
 ELSEWHERE: tuple[Relation, ...] = ("across", "attributes", "languages", "joint")
 
 
-def summarise(method: str, cells: Sequence[Cell], replicates: Mapping[tuple[str, str], np.ndarray]) -> list[Summary]:
-    """One row for everything that a method's repairs were judged on, and one for random masks.
+Pair = tuple[str, str]  # source and target
 
-    A change of more than +100 % counts as +100 %, or one use whose bias is close to nothing in a resample would decide.
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """B^2 of one pair on what it was judged on, before the root: errors above and below 0 even out over pairs.
+
+    Attributes
+    ----------
+    value: before and after, (2,). replicates: the same under resamples that pairs share, (2, replicates).
+    """
+
+    value: np.ndarray
+    replicates: np.ndarray
+
+
+def summarise(
+    method: str, cells: Sequence[Cell], squares: Mapping[Pair, Squares], random: Mapping[str, np.ndarray]
+) -> list[Summary]:
+    """One row for everything that a method's repairs were judged on, and one for random masks.
 
     Parameters
     ----------
-    cells: of the method.
-    replicates: of the reduction, (replicates,), by source and target of the cells with a bias; under the same resamples
-        for all of them.
+    cells: of the method. squares: of its pairs.
+    random: B^2 before and under every random mask, by target, (1 + draws,).
     """
     rows = []
     for how in PLACES:
@@ -31,17 +47,17 @@ def summarise(method: str, cells: Sequence[Cell], replicates: Mapping[tuple[str,
         counted = [cell for cell in judged if cell.differs_in_one]
         if not judged:
             continue
-        biased = [cell for cell in counted if cell.bias_shown]
         costs = {cell.source: cell.perplexity_increase.value for cell in counted if cell.perplexity_increase}
+        pooled = _of_draws(list(random.values())) if how == "random" else _pooled([squares[_pair(c)] for c in counted])
         rows.append(
             Summary(
                 method=method,
                 relation=how,
                 pairs=len(counted),
                 set_aside=len(judged) - len(counted),
-                biased=len(biased),
+                biased=sum(cell.bias_shown for cell in counted),
                 proven=sum(cell.proven for cell in counted),
-                change_percent=_mean(biased, replicates).as_change if biased else None,
+                pooled=pooled,
                 interval=judged[0].interval,
                 perplexity_increase=float(np.median([*costs.values()])) if costs else None,
             )
@@ -49,13 +65,34 @@ def summarise(method: str, cells: Sequence[Cell], replicates: Mapping[tuple[str,
     return rows
 
 
-def _mean(cells: list[Cell], replicates: Mapping[tuple[str, str], np.ndarray]) -> Interval:
-    """The mean reduction, with its interval; of random masks with the smallest and the largest draw of all."""
-    value = float(np.mean([max(-1.0, cell.reduction.value) for cell in cells]))
-    if cells[0].relation == "random":
-        return Interval(value, min(c.reduction.low for c in cells), max(c.reduction.high for c in cells))
-    drawn = np.clip([replicates[cell.source, cell.target] for cell in cells], -1, 1)
-    return Interval.of(value, drawn.mean(axis=0))
+def _pair(cell: Cell) -> Pair:
+    return cell.source, cell.target
+
+
+def _pooled(pairs: list[Squares]) -> Comparison | None:
+    """B over several pairs as over one large suite; None for no pair."""
+    if not pairs:
+        return None
+    value, replicates = (np.mean([getattr(one, name) for one in pairs], axis=0) for name in ("value", "replicates"))
+    return compare_squares(value, replicates)
+
+
+def _of_draws(targets: list[np.ndarray]) -> Comparison:
+    """The same under every random mask: the mean, with the smallest and the largest draw in place of an interval.
+
+    Parameters
+    ----------
+    targets: each (1 + draws,); fewer draws where answers under one are not finite.
+    """
+    least = min(map(len, targets))
+    before, *draws = np.mean([one[:least] for one in targets], axis=0)
+    found = [compare_squares(np.array([before, one]), np.full((2, 1), np.nan)) for one in draws]
+
+    def spread(name: str) -> Interval:
+        values = [getattr(one, name).value for one in found]
+        return Interval(float(np.mean(values)), min(values), max(values))
+
+    return Comparison(*(spread(field.name) for field in fields(Comparison)))
 
 
 def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
