@@ -55,6 +55,7 @@ PROPOSALS = 20
 EVERYTHING = 1000  # scenarios
 LEAST = 24  # evaluations to search with
 TRIES = 100  # at a mask that was not drawn before
+GAMMAS = (0.3, 0.7)  # of fasp: published protections
 SEARCHES = ("annealing", "attention-pruning", "fasp", "random-search")
 # What a search pays for a mask, and for how many, and what it proposes: alike for all, and so not to be set for one.
 PRICED = (
@@ -150,7 +151,7 @@ def settings_of(name: str, problem: Problem, budget: Budget) -> dict[str, Any]:
         least = heads
         told = {"seeds": evaluations // heads, "scenarios": EVERYTHING, "window_tokens": WINDOW, **draw}
     else:
-        told = {"evaluations": evaluations, "finalists": PROPOSALS, **draw}
+        told = {"evaluations": evaluations, "finalists": PROPOSALS, "heads": heads // 20, **draw}
     if budget.evaluations < least:
         raise SystemExit(f"{name} needs at least {least} evaluations, not {budget.evaluations}.")
     return told
@@ -164,9 +165,11 @@ def price_of_attribution(problem: Problem, budget: Budget) -> int:
 
 def described(name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """All settings of a search, with those that it was not told."""
+    if name == "fasp":
+        return {**method(name, settings).seeded(seed).scorer.model_dump(), "gamma": GAMMAS, "removed": PROPOSALS // 2}
     if name != "random-search":
         return method(name, settings).seeded(seed).settings
-    used = ("evaluations", "rounds", "markers", "windows", "neurons", "block", "finalists", "seed")
+    used = ("evaluations", "rounds", "markers", "windows", "heads", "neurons", "block", "finalists", "seed")
     return {key: value for key, value in Annealing(seed=seed, **settings).model_dump().items() if key in used}
 
 
@@ -189,7 +192,7 @@ def find(name: str, problem: Problem, settings: dict[str, Any], seed: int) -> li
 
 
 def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
-    """Masks drawn at random: up to a twentieth of the heads, and of neurons as many as annealing may.
+    """Masks drawn at random: up to so many heads and so many neurons, few more often than many.
 
     They are measured on draws that change from turn to turn, and believed in, as those of annealing.
     """
@@ -198,7 +201,7 @@ def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
     blocks = [order[i : i + settings.block] for i in range(0, len(order), settings.block)]
     items = [*(np.array([head]) for head in range(space.n_heads)), *blocks]
     survey = Survey(problem, items, settings.markers, settings.windows, settings.seed)
-    heads, most = space.n_heads, (space.n_heads // 20, settings.neurons // settings.block)
+    heads, most = space.n_heads, (settings.heads, min(len(blocks), settings.neurons // settings.block))
     states: dict[bytes, np.ndarray] = {}
     for _ in range(TRIES * settings.evaluations):
         if len(states) == settings.evaluations:
@@ -206,7 +209,7 @@ def random_search(problem: Problem, settings: Annealing) -> list[Selection]:
         counts = [int(np.exp(rng.uniform(0, np.log(2 + one)))) - 1 for one in most]
         removed = [
             *rng.choice(heads, counts[0], replace=False),
-            *(heads + rng.choice(len(blocks), min(counts[1], len(blocks)), replace=False)),
+            *(heads + rng.choice(len(blocks), counts[1], replace=False)),
         ]
         if removed:
             state = np.isin(np.arange(len(items)), removed)
@@ -226,7 +229,7 @@ def protected_heads(problem: Problem, settings: dict[str, Any], seed: int) -> li
     values, heads = problem.score(scorer).values, problem.space.n_heads
     found = {}
     for count in range(1, PROPOSALS // 2 + 1):
-        for gamma in (0.3, 0.7):
+        for gamma in GAMMAS:
             removed = protected_selection(values["bias"], values["log_perplexity"], gamma, count / heads)
             if len(removed):
                 found[tuple(sorted(removed.tolist()))] = Selection("heads", removed, {"gamma": gamma})
