@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -32,6 +33,7 @@ def comparison(before: float, reduction: float) -> Comparison:
     return Comparison(around(before, 0.2), around(after, 0.2), around(reduction, 0.3), around(after - before, 0.2))
 
 
+@cache
 def reach() -> GeneraliseResult:
     """Every method fitted on every suite and on all others of its groups, judged on every suite; changes of B from
     -100 to over +100 %, proven and not."""
