@@ -269,6 +269,27 @@ def test_a_state_in_another_form_is_refused_in_a_sentence(
     assert (left / MEASURED).is_file()
 
 
+@pytest.mark.parametrize("state", ["", "{", "[]", None])
+@pytest.mark.parametrize("command", ["repair", "compare", "audit"])
+def test_a_state_that_cannot_be_read_costs_no_measurement(
+    state: str | None, command: str, inputs: Path, output: Path, call: Command
+) -> None:
+    store = interrupted(partial_of(output))
+    if state is None:
+        (store.parent / STATE).unlink()
+    else:
+        (store.parent / STATE).write_text(state)
+    before = store.read_bytes()
+    given = arguments(inputs, output, command)
+    if command == "audit":
+        given = ["audit", "-m", inputs / "model", "-s", inputs / "small.yaml", "-o", output]
+    assert "holds files, and no run that can be carried on from them" in call(*given).refusal
+    assert store.read_bytes() == before
+    if command == "audit":
+        assert call(*given, "--overwrite").status == 0
+        assert not store.exists()
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [(damage, "is damaged"), (make_older, "schema version 0"), (give_away, "belongs to another model")],

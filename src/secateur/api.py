@@ -16,7 +16,7 @@ from secateur.attenuation import Attenuation
 from secateur.errors import OutputError
 from secateur.evaluation.cluster import Cluster, check_address
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
+from secateur.files import LEFT_BEHIND, MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
@@ -492,19 +492,16 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[di
     ------
     OutputError: there is one that cannot be carried on by this command, and nobody said that it may be replaced.
     """
-    state = directory.read_json(STATE)
-    if not isinstance(state, dict):
-        directory.clear()
-        return None
-    refusal = _other(state, key, directory.target)
-    if not refusal:
-        try:
-            return read(state)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            refusal = UNREADABLE
-    if not directory.overwrite:
-        raise OutputError(f"'{directory.staging}' holds an interrupted run {refusal}")
-    directory.clear()
+    state, refusal = directory.read_json(STATE), LEFT_BEHIND
+    if isinstance(state, dict):
+        other = _other(state, key, directory.target)
+        if not other:
+            try:
+                return read(state)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                other = UNREADABLE
+        refusal = f"an interrupted run {other}"
+    directory.start_afresh(refusal)
     return None
 
 
