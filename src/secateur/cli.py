@@ -63,7 +63,11 @@ MaxMarkers = Annotated[int, typer.Option(help="Markers per group in fit and sele
 ControlSuite = Annotated[str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")]
 RayAddress = Annotated[
     str | None,
-    typer.Option("--ray", help="Spread evaluations over Ray actors: auto, local:N or a cluster's address."),
+    typer.Option(
+        "--ray",
+        help="Spread masks that are known together over Ray actors (docs/scaling.md says which): auto (this machine), "
+        "local:N or a cluster's address.",
+    ),
 ]
 MasksAtOnce = Annotated[
     int, typer.Option(help="Masks in one forward pass, each with its own rows; more keep a GPU busier.")
