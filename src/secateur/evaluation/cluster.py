@@ -101,7 +101,8 @@ class Cluster:
     Attributes
     ----------
     ray: the module. model: the model here.
-    actors: those that run or are about to. gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
+    actors: those that run or are about to.
+    gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
     own: whether this process opened the Ray session for them; one that was open before stays open.
     """
 
@@ -214,8 +215,8 @@ class Cluster:
         done, _ = self.ray.wait(references, num_returns=1, timeout=patience)
         if not done:
             raise ClusterError(
-                f"All Ray actors have died, and no other was ready after {START_SECONDS // 60} minutes; has the cluster "
-                "lost its machines?"
+                f"All Ray actors have died, and no other was ready after {START_SECONDS // 60} minutes; has the "
+                "cluster lost its machines?"
             )
         return done[0]
 
