@@ -345,6 +345,16 @@ def test_a_search_without_evaluations_is_refused(
     assert_nothing(output)
 
 
+@pytest.mark.parametrize("method", ["attribution", "fasp"])
+def test_soft_is_refused_for_methods_without_gates(
+    method: str, model: Path, tmp_path: Path, output: Path, call: Command
+) -> None:
+    given = ("repair", "-m", model, "-s", write_suite(tmp_path), "-o", output, "--method", method, "--soft")
+    said = f"The method '{method}' has no gates that --soft could keep between 0 and 1; use --method gates."
+    assert call(*given).refusal == said
+    assert_nothing(output)
+
+
 def test_ray_that_is_not_installed(
     model: Path, tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

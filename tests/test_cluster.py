@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def cluster(model: LanguageModel) -> Iterator[Cluster]:
-    with Cluster.start("local:2", model) as started:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster, which "local" does not mean
+        started = Cluster.start("local:2", model)
+    with started:
         yield started
 
 
@@ -165,26 +168,39 @@ def test_a_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeRay:
-    """Ray with actors in this process, each call done at once; calls by number end in an error instead."""
+    """Ray with actors in this process, each call done at once; calls by number end in an error instead.
+
+    An actor whose number is in ``absent`` never answers; what waits for that alone waits ``waited`` seconds in vain.
+    """
 
     exceptions = ray.exceptions
 
-    def __init__(self, model: LanguageModel, errors: dict[tuple[str, int], Exception]) -> None:
-        self.model, self.errors = model, errors
+    def __init__(
+        self, model: LanguageModel, errors: dict[tuple[str, int], Exception], absent: Container[int] = ()
+    ) -> None:
+        self.model, self.errors, self.absent = model, errors, absent
         self.calls: dict[str, int] = {}
+        self.actors: list[Any] = []
         self.killed: list[Any] = []
+        self.waited: list[float | None] = []
         self.is_shut = False
 
     def handle(self) -> Any:
         """An actor's handle."""
         worker = Worker.__new__(Worker)
         worker.model, worker.parts = self.model, {}
-        return SimpleNamespace(prepare=self._remote(worker.prepare), measure=self._remote(worker.measure))
+        calls = {"prepare": worker.prepare, "measure": worker.measure, "__ray_ready__": lambda: None}
+        if len(self.actors) in self.absent:
+            handle = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *_: Reference(None)) for name in calls})
+        else:
+            handle = SimpleNamespace(**{name: self._remote(name, call) for name, call in calls.items()})
+        self.actors.append(handle)
+        return handle
 
-    def _remote(self, method: Any) -> Any:
+    def _remote(self, name: str, method: Any) -> Any:
         def call(*given: Any) -> Any:
-            number = self.calls[method.__name__] = self.calls.get(method.__name__, -1) + 1
-            error = self.errors.get((method.__name__, number))
+            number = self.calls[name] = self.calls.get(name, -1) + 1
+            error = self.errors.get((name, number))
             try:
                 return SimpleNamespace(error=error, value=None if error else method(*given))
             except KeyError as missing:  # as where the actor was never prepared
@@ -195,8 +211,12 @@ class FakeRay:
     def put(self, value: Any) -> Any:
         return value
 
-    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
-        return references[:num_returns], references[num_returns:]
+    def wait(self, references: list[Any], num_returns: int, timeout: float | None) -> tuple[list[Any], list[Any]]:
+        done = [reference for reference in references if reference.result is not None][:num_returns]
+        if not done:
+            assert timeout is not None, "nothing ends this wait"
+            self.waited.append(timeout)
+        return done, [reference for reference in references if reference not in done]
 
     def get(self, references: list[Any]) -> list[Any]:
         for reference in references:
@@ -213,15 +233,19 @@ class FakeRay:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Of a result."""
+    """Of a result; None where there never is one."""
 
     result: Any
 
 
 def faked(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, errors: dict[tuple[str, int], Exception], **told: Any
+    model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    errors: dict[tuple[str, int], Exception],
+    absent: Container[int] = (),
+    **told: Any,
 ) -> Cluster:
-    fake = FakeRay(model, errors)
+    fake = FakeRay(model, errors, absent)
     monkeypatch.setattr(Cluster, "_begin", lambda self: Actor(self.ray.handle()))
     return Cluster(fake, model, [Actor(fake.handle()), Actor(fake.handle())], 0, **told)
 
@@ -249,6 +273,58 @@ def test_memory_kills_and_dead_nodes_are_dead_actors(
         np.testing.assert_allclose(measured[mask.key]["y"], here.y(mask), atol=1e-5)
     assert cluster.replaced == 1
     assert [actor.handle for actor in before if actor not in cluster.actors] == cluster.ray.killed
+
+
+def test_the_others_go_on_where_the_replacement_never_comes(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = {("measure", 1): ray.exceptions.NodeDiedError("the node is gone")}
+    cluster = faked(model, monkeypatch, died, absent=range(2, 99))
+    masks = [Mask.removing(model, [unit]) for unit in range(5)]
+    assert len(list(cluster.measure(evaluator(model), masks, False))) == 5
+    assert cluster.replaced == 1
+    assert len(list(cluster.measure(evaluator(model), masks, False))) == 5, "nor is it given masks the next time"
+    assert not cluster.ray.waited
+
+
+def test_the_wait_for_a_replacement_ends_where_no_other_is_left(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = ray.exceptions.NodeDiedError("the node is gone")
+    cluster = faked(model, monkeypatch, {("measure", 1): gone, ("measure", 2): gone}, absent=range(2, 99))
+    measured, masks = [], [Mask.removing(model, [unit]) for unit in range(5)]
+    for _ in range(2):
+        with pytest.raises(ClusterError, match="All Ray actors have died, and no other was ready after 30 minutes"):
+            measured.extend(cluster.measure(evaluator(model), masks, False))
+    assert len(measured) == 1
+    assert cluster.ray.waited == [1800, 1800]
+
+
+def test_a_replacement_that_dies_before_it_is_ready_is_replaced(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = ray.exceptions.ActorDiedError()
+    cluster = faked(model, monkeypatch, {("measure", 0): gone, ("measure", 1): gone, ("__ray_ready__", 0): gone})
+    masks = [Mask.removing(model, [unit]) for unit in range(5)]
+    measured = [mask.key for mask, _ in cluster.measure(evaluator(model), masks, False)]
+    assert sorted(measured) == sorted(mask.key for mask in masks)
+    assert cluster.replaced == 3
+
+
+@pytest.mark.parametrize(("address", "cores"), [("local:3", 3), ("auto", None)])
+def test_actors_on_this_machine_never_join_another_cluster(
+    address: str, cores: int | None, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def init(**told: Any) -> None:
+        asked.append(told)
+        raise ConnectionError("no room in /dev/shm")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ClusterError, match=r"^Ray does not start on this machine\. \(no room in /dev/shm\)$"):
+        Cluster.start(address, model)
+    assert [(told["address"], told["num_cpus"]) for told in asked] == [("local", cores)]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from secateur.errors import MaskError, NumericalError, OutputError
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, OutputDirectory, has_measured, to_json, write_text, writing
+from secateur.files import MEASURED, TEMPORARY, OutputDirectory, has_measured, to_json, write_text, writing
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -90,19 +90,18 @@ def test_an_error_leaves_nothing_behind(error: BaseException, tmp_path: Path) ->
 def test_an_error_of_the_user_s_keeps_what_a_run_has_measured(
     figures: dict[str, np.ndarray], kept: bool, tmp_path: Path
 ) -> None:
-    def run(carry_on: bool) -> None:
-        with writing(OutputDirectory.open(tmp_path / "run", carry_on=carry_on), carry_on=carry_on) as output:
+    def run(name: str, carry_on: bool) -> None:
+        with writing(OutputDirectory.open(tmp_path / name, carry_on=carry_on), carry_on=carry_on) as output:
             assert output is not None
             with Store(output.staging / MEASURED, "model") as store:
                 store.put("select", b"mask", figures)
             raise NumericalError("not finite")
 
     with pytest.raises(NumericalError):
-        run(carry_on=True)
-    assert [path.name for path in tmp_path.iterdir()] == (["run.partial"] if kept else [])
+        run("run", carry_on=True)
     with pytest.raises(NumericalError):
-        run(carry_on=False)
-    assert not list(tmp_path.iterdir())
+        run("other", carry_on=False)
+    assert [path.name for path in tmp_path.iterdir()] == (["run.partial"] if kept else [])
 
 
 def test_a_store_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
@@ -117,9 +116,21 @@ def test_an_interrupt_keeps_the_partial_directory(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"run.partial/a.txt": "new"}
 
 
-def test_a_stale_partial_directory_is_started_afresh(tmp_path: Path) -> None:
+def test_files_in_the_partial_directory_are_removed_only_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "run.partial").mkdir()
-    (tmp_path / "run.partial" / "stale.txt").write_text("stale")
+    (tmp_path / "run.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"run\.partial' holds files, and no run that can be carried on"):
+        write_run(tmp_path / "run")
+    assert tree(tmp_path) == {"run.partial/mine.txt": "mine"}
+    write_run(tmp_path / "run", overwrite=True)
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
+@pytest.mark.parametrize("left", [(), (f"{TEMPORARY}abc",)])
+def test_an_empty_partial_directory_is_in_nobody_s_way(left: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    for name in left:
+        (tmp_path / "run.partial" / name).write_text("half of a fi")
     write_run(tmp_path / "run")
     assert tree(tmp_path) == {"run/a.txt": "new"}
 
@@ -294,6 +305,23 @@ def test_write_text_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_text(encoding="utf-8") == "new é"
     assert path.stat().st_mode & 0o777 == 0o644
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_write_text_wrote_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def watch(handle: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append(("sync", place.read_text() if place.is_file() else str(place)))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    monkeypatch.setattr(os, "replace", lambda source, to: (done.append(("name", str(to))), replace(source, to)))
+    write_text(tmp_path / "a.txt", "whole")
+    assert done == [("sync", "whole"), ("name", str(tmp_path / "a.txt")), ("sync", str(tmp_path))]
 
 
 def test_write_text_keeps_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

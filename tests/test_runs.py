@@ -15,12 +15,14 @@ import pytest
 import torch
 from command import Command, save_model, write_suite, write_text
 
+import secateur
 from secateur.errors import DataError, NumericalError
 from secateur.evaluation import Evaluator
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, STATE
 from secateur.models import precision
-from secateur.studies.runs import list_runs, read_run, resume_command
+from secateur.studies import record
+from secateur.studies.runs import interrupted_run, list_runs, read_run
 
 PASSING = 2
 
@@ -71,6 +73,67 @@ def test_an_interrupted_repair_is_listed_and_carried_on(
     assert one["candidates"] == other["candidates"]
     assert one["test"] == other["test"]
     assert [run.finished for run in list_runs(output.parent)] == [True, True]
+
+
+def test_a_run_is_carried_on_from_anywhere_and_keeps_its_start(
+    inputs: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (inputs / "elsewhere").mkdir()
+    monkeypatch.chdir(inputs)
+    times = (f"2031-05-0{day}T00:00:00+00:00" for day in range(1, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.api.now", lambda: next(times))
+        interrupt_after(patch, 6)
+        assert call(*arguments(Path(), Path("out/run"))).status == 130
+        monkeypatch.chdir(inputs / "elsewhere")
+        assert call("runs", "--resume", "../out/run").status == 130
+    monkeypatch.setattr(record, "now", lambda: "2031-06-01T00:00:00+00:00")
+    resumed = call("runs", "--resume", "../out/run")
+    assert resumed.status in (0, 3)
+    assert f"in {inputs}: secateur repair -m model" in resumed.out
+    assert "Carrying on an interrupted run" in resumed.out
+    assert Path.cwd() == inputs / "elsewhere"
+    told = json.loads((inputs / "out" / "run" / "run.json").read_text())
+    assert (told["started"], told["finished"]) == ("2031-05-01T00:00:00+00:00", "2031-06-01T00:00:00+00:00")
+
+
+def test_a_run_whose_state_names_no_directory_is_carried_on_here(
+    inputs: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    left = leave(Path(), Path("run"), call, monkeypatch)
+    state = json.loads((left / STATE).read_text())
+    del state["directory"], state["started"]
+    (left / STATE).write_text(json.dumps(state))
+    resumed = call("runs", "--resume", "run")
+    assert resumed.status in (0, 3)
+    assert "Carrying on an interrupted run" in resumed.out
+
+
+def test_a_run_whose_directory_is_gone_says_how_to_go_on(tmp_path: Path, call: Command) -> None:
+    left = interrupted(tmp_path / "run.partial", ("repair", "-o", "run"))
+    change(left.with_name(STATE), directory=str(tmp_path / "gone"))
+    refusal = call("runs", "--resume", tmp_path / "run").refusal
+    assert f"begun in '{tmp_path / 'gone'}', which is not there any more; give its command again" in refusal
+    assert refusal.endswith("secateur repair -o run")
+
+
+def test_a_run_from_python_is_carried_on_from_python(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = secateur.load(inputs / "model", device="cpu")
+    given: dict[str, Any] = {"suite": inputs / "small.yaml", "utility_text": inputs / "neutral.txt", "output": output}
+    given |= {"max_perplexity_increase": 5, "control_suite": None, "random_draws": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["/venv/ipykernel_launcher.py", "-f", "kernel.json"])
+        interrupt_after(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.repair(model, **given)
+    assert "measurements; carried on from Python" in call("runs", output.parent).out
+    assert "was begun from Python; call secateur.repair with the same" in call("runs", "--resume", output).refusal
+    assert "carry it on from Python, as it was begun, name" in call(*arguments(inputs, output), "--seed", "1").refusal
+    secateur.repair(model, **given)
+    assert [run.finished for run in list_runs(output.parent)] == [True]
 
 
 def test_a_run_carries_on_in_the_precision_that_was_measured_at_its_start(
@@ -126,7 +189,7 @@ def test_what_cannot_be_listed_or_carried_on_is_said(tmp_path: Path, call: Comma
     assert "There is no folder" in call("runs", tmp_path / "none").refusal
     assert "holds no interrupted run" in call("runs", "--resume", tmp_path / "none").refusal
     with pytest.raises(DataError):
-        resume_command(tmp_path)
+        interrupted_run(tmp_path)
     assert read_run(tmp_path) is None
 
 
@@ -267,6 +330,27 @@ def test_a_state_in_another_form_is_refused_in_a_sentence(
         "in a form that this version of Secateur cannot carry on" in call(*arguments(inputs, output, command)).refusal
     )
     assert (left / MEASURED).is_file()
+
+
+@pytest.mark.parametrize("state", ["", "{", "[]", None])
+@pytest.mark.parametrize("command", ["repair", "compare", "audit"])
+def test_a_state_that_cannot_be_read_costs_no_measurement(
+    state: str | None, command: str, inputs: Path, output: Path, call: Command
+) -> None:
+    store = interrupted(partial_of(output))
+    if state is None:
+        (store.parent / STATE).unlink()
+    else:
+        (store.parent / STATE).write_text(state)
+    before = store.read_bytes()
+    given = arguments(inputs, output, command)
+    if command == "audit":
+        given = ["audit", "-m", inputs / "model", "-s", inputs / "small.yaml", "-o", output]
+    assert "holds files, and no run that can be carried on from them" in call(*given).refusal
+    assert store.read_bytes() == before
+    if command == "audit":
+        assert call(*given, "--overwrite").status == 0
+        assert not store.exists()
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_show_prints_a_repair(tmp_path: Path, output: Path, call: Command) -> No
 
 
 def test_soft_gates_leave_as_an_adapter(tmp_path: Path, output: Path, call: Command) -> None:
-    options = ("--set", "gate_steps=20", "--set", "steps=10", "--set", "soft=true", "--method", "gates")
+    options = ("--set", "gate_steps=20", "--set", "steps=10", "--soft", "--method", "gates")
     model, inputs = save_model(tmp_path / "model", PASSING), ("-s", write_suite(tmp_path), "--control-suite", "none")
     text = ("--utility-text", write_text(tmp_path), "--device", "cpu", "--max-perplexity-increase", "5")
     outcome = call("repair", "-m", model, *inputs, "-o", output, *text, *options)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.attenuation import Attenuation
-from secateur.errors import OutputError
 from secateur.evaluation.cluster import Cluster, check_address
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, STATE, OutputDirectory, to_json, write_text, writing
+from secateur.files import LEFT_BEHIND, MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
 from secateur.measures.sampling import TEMPERATURE
@@ -47,6 +46,7 @@ from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
 from secateur.studies.reach import Fit, GeneraliseResult
+from secateur.studies.record import now
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.studies.verification import Verification, VerificationSettings
@@ -169,7 +169,7 @@ def repair(
         if carries_on:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
 
-        head = _head(key, model, [suite])
+        head = _head(directory, key, model, [suite])
 
         def save(state: dict[str, Any]) -> None:
             directory.write_json(STATE, {**head, **state})
@@ -182,6 +182,7 @@ def repair(
             result = repairs.repair(
                 model, suite, chosen, progress=progress, save_partial=save, store=store, cluster=cluster
             )
+        result.run["started"] = head["started"]
         _write_repair(result, model, directory)
     (directory.target / STATE).unlink(missing_ok=True)
     return result
@@ -326,7 +327,7 @@ def compare(
     with writing(directory, keep=True):
         if left is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
-        head = _head(key, model, [suite])
+        head = _head(directory, key, model, [suite])
 
         def save() -> None:
             directory.write_json(STATE, {**head, "methods": [asdict(one) for one in done.values()]})
@@ -350,6 +351,7 @@ def compare(
                 store=store,
                 cluster=cluster,
             )
+        result.run["started"] = head["started"]
         directory.write_json("compare.json", result.as_dict())
         write_text(directory.staging / "compare.csv", result.csv())
         write_text(directory.staging / "report.html", render_compare(result))
@@ -400,7 +402,7 @@ def generalise(
     with writing(directory, keep=True):
         if left is not None:
             progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
-        head = _head(key, model, asked)
+        head = _head(directory, key, model, asked)
 
         def place(fit: Fit) -> Path:
             return directory.staging / "plans" / fit.name
@@ -432,6 +434,7 @@ def generalise(
                 store=store,
                 cluster=cluster,
             )
+        result.run["started"] = head["started"]
         directory.write_json("generalise.json", result.as_dict())
         for name, text in result.tables().items():
             write_text(directory.staging / name, text)
@@ -476,10 +479,21 @@ def _run_key(
     return dict(json.loads(to_json(key)))
 
 
-def _head(key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]) -> dict[str, Any]:
-    """What the state of every run begins with."""
-    named = ", ".join(suite.name for suite in suites)
-    return {"format": STATE_FORMAT, "key": key, "suite": named, "source": model.source, "command": sys.argv[1:]}
+def _head(
+    directory: OutputDirectory, key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]
+) -> dict[str, Any]:
+    """What the state of every run begins with; one that is carried on keeps its start."""
+    left = directory.read_json(STATE) or {}
+    is_command = Path(*sys.argv[:1]).name == "secateur"
+    return {
+        "format": STATE_FORMAT,
+        "key": key,
+        "suite": ", ".join(suite.name for suite in suites),
+        "source": model.source,
+        "command": sys.argv[1:] if is_command else [],
+        "directory": str(Path.cwd()),
+        "started": left.get("started") or now(),
+    }
 
 
 def _methods_of(state: dict[str, Any]) -> dict[str, MethodResult]:
@@ -503,25 +517,24 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[di
     ------
     OutputError: there is one that cannot be carried on by this command, and nobody said that it may be replaced.
     """
-    state = directory.read_json(STATE)
-    if not isinstance(state, dict):
-        directory.clear()
-        return None
-    refusal = _other(state, key, directory.target)
-    if not refusal:
-        try:
-            return read(state)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            refusal = UNREADABLE
-    if not directory.overwrite:
-        raise OutputError(f"'{directory.staging}' holds an interrupted run {refusal}")
-    directory.clear()
+    state, refusal = directory.read_json(STATE), LEFT_BEHIND
+    if isinstance(state, dict):
+        other = _other(state, key, directory.target)
+        if not other:
+            try:
+                return read(state)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                other = UNREADABLE
+        refusal = f"an interrupted run {other}"
+    directory.start_afresh(refusal)
     return None
 
 
 def _other(state: dict[str, Any], key: dict[str, Any], target: Path) -> str:
     """Why an interrupted run is not carried on by a command with this key; "" where it is."""
-    left_key = state.get("key")
+    left_key, way = state.get("key"), f"with 'secateur runs --resume {target}'"
+    if state.get("command") == []:
+        way = "from Python, as it was begun"
     made_by = left_key.get("version") if isinstance(left_key, dict) else None
     if made_by not in (None, key["version"]):
         return f"that was made by version {made_by} of Secateur: name another directory, or add --overwrite."
@@ -529,10 +542,7 @@ def _other(state: dict[str, Any], key: dict[str, Any], target: Path) -> str:
         return UNREADABLE
     if left_key == key:
         return ""
-    return (
-        f"with other settings: carry it on with 'secateur runs --resume {target}', name another directory, or add "
-        "--overwrite."
-    )
+    return f"with other settings: carry it on {way}, name another directory, or add --overwrite."
 
 
 def apply(model: LanguageModel, plan: Plan | str | Path, output: str | Path, *, overwrite: bool = False) -> Path:

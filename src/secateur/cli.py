@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import warnings
@@ -63,7 +64,11 @@ MaxMarkers = Annotated[int, typer.Option(help="Markers per group in fit and sele
 ControlSuite = Annotated[str, typer.Option(help="Non-demographic suite to compare with; 'none' for none.")]
 RayAddress = Annotated[
     str | None,
-    typer.Option("--ray", help="Spread evaluations over Ray actors: auto, local:N or a cluster's address."),
+    typer.Option(
+        "--ray",
+        help="Spread masks that are known together over Ray actors (docs/scaling.md says which): auto (this machine), "
+        "local:N or a cluster's address.",
+    ),
 ]
 MasksAtOnce = Annotated[
     int, typer.Option(help="Masks in one forward pass, each with its own rows; more keep a GPU busier.")
@@ -165,6 +170,9 @@ def repair(
     ] = Path("runs/repair"),
     method: MethodName = "attribution",
     settings: Set = None,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="With gates: turn units down instead of removing them; gives an adapter.")
+    ] = False,
     max_perplexity_increase: Limit = 0.02,
     ablation: Ablation = "zero",
     utility_text: UtilityText = None,
@@ -199,7 +207,7 @@ def repair(
 
     told: dict[str, Any] = {
         "method": method,
-        "options": _options_of(settings),
+        "options": _softly(method, _options_of(settings)) if soft else _options_of(settings),
         "random_draws": random_draws,
         **_study_settings(
             max_perplexity_increase, ablation, utility_text, utility_tokens, max_markers, control_suite,
@@ -651,15 +659,18 @@ def runs(
 ) -> None:
     """List runs, or carry one on that was interrupted."""
     from secateur.reports.terminal import runs_table
-    from secateur.studies.runs import list_runs, resume_command
+    from secateur.studies.runs import interrupted_run, list_runs
 
     if resume is None:
         console.print(runs_table(list_runs(folder)))
         return
-    command = resume_command(resume)
-    console.print(f"secateur {escape(shlex.join(command))}")
-    sys.argv[1:] = command
-    app(command)
+    run = interrupted_run(resume)
+    where = Path(run.begun_in or ".").resolve()
+    there = "" if where == Path.cwd() else f"in {where}: "
+    console.print(f"{escape(there)}secateur {escape(shlex.join(run.command))}")
+    sys.argv[1:] = run.command
+    with contextlib.chdir(where):
+        app(list(run.command))
 
 
 @suites_app.callback()
@@ -727,6 +738,17 @@ def _options_of(pairs: list[str] | None) -> dict[str, str]:
     return parse_options(pairs or [])
 
 
+def _softly(name: str, options: dict[str, str]) -> dict[str, str]:
+    """The settings of a method that keeps its gates between 0 and 1."""
+    from secateur.search.methods import method
+
+    if "soft" not in method(name).settings:
+        raise SettingError(
+            f"The method '{name}' has no gates that --soft could keep between 0 and 1; use --method gates."
+        )
+    return {**options, "soft": "true"}
+
+
 def _options_by_method(pairs: list[str] | None) -> dict[str, dict[str, str]]:
     by_method: dict[str, dict[str, str]] = {}
     for key, value in _options_of(pairs).items():
@@ -782,6 +804,7 @@ TOO_LITTLE_MEMORY = (
 
 def main() -> None:
     """Entry point: one clear sentence for a user's mistake, and a status that says what happened."""
+    sys.argv[0] = "secateur"  # however it was called: runs are known by it to be those of a command
     try:
         app()
     except SecateurError as error:

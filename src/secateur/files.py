@@ -22,6 +22,11 @@ PARTIAL_SUFFIX = ".partial"
 # In the directory of a run that is under way: what it is and how far, and every mask that it has measured.
 STATE = "partial.json"
 MEASURED = "measured.sqlite"
+LEFT_BEHIND = (
+    "files, and no run that can be carried on from them: move it away, name another directory, or add --overwrite to "
+    "remove them."
+)
+TEMPORARY = ".secateur-"  # how the name of a file begins that is not yet whole; a kill may leave one
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class OutputDirectory:
 
     Until then the files lie in ``NAME.partial`` beside it. After Ctrl-C or a kill that directory
     stays, readable; after an error it is removed, unless it holds what a run has measured, or all that failed was
-    giving it its name.
+    giving it its name. What lies there from before is removed only where ``overwrite`` says so.
     """
 
     target: Path
@@ -49,16 +54,18 @@ class OutputDirectory:
 
         Raises
         ------
-        OutputError: it exists and ``overwrite`` is off, cannot be written, or the disk is too full.
+        OutputError: it exists, or files lie in ``NAME.partial`` that are not carried on, and ``overwrite`` is off; it
+            cannot be written, or the disk is too full.
         """
         target = check_target(target, overwrite)
         staging = target.with_name(target.name + PARTIAL_SUFFIX)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             left = staging.exists()
-            if left and not carry_on:
-                shutil.rmtree(staging)
             staging.mkdir(exist_ok=True)
+            opened = cls(target, staging, overwrite)
+            if not carry_on:
+                opened.start_afresh(LEFT_BEHIND)
         except OSError as error:
             raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
         free = shutil.disk_usage(staging).free
@@ -69,7 +76,7 @@ class OutputDirectory:
                 f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "
                 f"{needed_bytes / 1e9:.1f} GB are needed."
             )
-        return cls(target, staging, overwrite)
+        return opened
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file, atomically."""
@@ -113,10 +120,23 @@ class OutputDirectory:
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
-    def clear(self) -> None:
-        """Remove what lies in the staging directory."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(exist_ok=True)
+    def start_afresh(self, refusal: str) -> None:
+        """Remove what lies in the staging directory from before, where that is allowed or nobody can miss it.
+
+        Raises
+        ------
+        OutputError: there are files, and ``overwrite`` is off; says that the directory holds what ``refusal`` says.
+            Or they cannot be removed.
+        """
+        try:
+            left = [entry.name for entry in self.staging.iterdir()]
+            if not self.overwrite and any(not name.startswith(TEMPORARY) for name in left):
+                raise OutputError(f"'{self.staging}' holds {refusal}")
+            if left:
+                shutil.rmtree(self.staging)
+                self.staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"'{self.staging}' cannot be emptied: {error.strerror or error}.") from error
 
     def discard(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -183,16 +203,29 @@ def has_measured(directory: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: a reader sees the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    """Write a text file in one step: a reader sees the old content or the new, never a part, also after a power cut."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _settle(path.parent)
+
+
+def _settle(directory: Path) -> None:
+    """Have the names in a directory reach the disk, where the system allows that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def to_json(content: Any) -> str:

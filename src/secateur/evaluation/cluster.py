@@ -1,13 +1,15 @@
 """Evaluations spread over Ray actors: one model each, masks travel as bits.
 
 Every actor computes with the same number of threads whatever the number of actors, so that the result does not depend
-on how many there are. An actor that dies is replaced, and what it was measuring is measured again.
+on how many there are. An actor that dies is replaced, and what it was measuring is measured again; until the new one is
+ready, which it never is where its machine is gone, the others go on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import socket
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,10 +81,17 @@ class Worker:
 
 @dataclass(eq=False)
 class Actor:
-    """A running actor: its handle, and the parts that it has been given, each with what Ray says of that."""
+    """An actor.
+
+    Attributes
+    ----------
+    handle: of Ray. prepared: the parts that it has been given, each with what Ray says of that.
+    ready: what Ray will say once it runs; None where it does.
+    """
 
     handle: Any
     prepared: dict[str, Any] = field(default_factory=dict)
+    ready: Any = None
 
 
 @dataclass(eq=False)
@@ -92,7 +101,8 @@ class Cluster:
     Attributes
     ----------
     ray: the module. model: the model here.
-    actors: those that run. gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
+    actors: those that run or are about to.
+    gpus: of each actor, as many as the model takes here; 0 where they compute on the CPU.
     own: whether this process opened the Ray session for them; one that was open before stays open.
     """
 
@@ -112,6 +122,8 @@ class Cluster:
         ----------
         address: "auto" for this machine, "local:N" for N actors on the CPU of this machine, or the address of a running
             Ray cluster. Actors compute on what the model computes on here: each on as many GPUs, or each on a core.
+            The first two start Ray anew, whatever runs on this machine already; only a session that this process has
+            open is used for them, too.
         model: was loaded by name, so that actors can load it, too.
 
         Raises
@@ -122,14 +134,16 @@ class Cluster:
             raise ClusterError("Actors load the model themselves; give one that was loaded by secateur.load.")
         asked = _local_count(address)
         ray = _ray()
-        where: dict[str, Any] = {} if asked is not None or address == AUTO else {"address": address}
-        if asked is not None:
-            where["num_cpus"] = asked
+        is_here = asked is not None or address == AUTO
+        # Without an address Ray would join a cluster that it finds in RAY_ADDRESS or on this machine.
+        where: dict[str, Any] = {"address": "local", "num_cpus": asked} if is_here else {"address": address}
         own = not ray.is_initialized()
         try:
             ray.init(**where, **QUIET)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
+            if is_here:
+                raise ClusterError(f"Ray does not start on this machine. ({reason})") from error
             raise ClusterError(f"The Ray cluster '{address}' does not answer; check the address. ({reason})") from error
         count, gpus = (asked, 0) if asked is not None else division(ray.nodes(), gpus_of(model))
         cluster = cls(ray, model, [], gpus, own)
@@ -156,7 +170,8 @@ class Cluster:
 
         Raises
         ------
-        ClusterError: an actor or the cluster fails, or actors die again and again.
+        ClusterError: an actor or the cluster fails, actors die again and again, or none is left and no other is ready
+            within ``START_SECONDS``.
         """
         try:
             yield from self._measure(evaluator, masks, utility)
@@ -168,30 +183,42 @@ class Cluster:
 
     def _measure(self, evaluator: Evaluator, masks: Sequence[Mask], utility: bool) -> Iterator[tuple[Mask, Figures]]:
         died = tuple(getattr(self.ray.exceptions, name) for name in DIED)
-        waiting = list(reversed(masks))
-        idle = list(self.actors)
-        running: dict[Any, tuple[Actor, Mask, str]] = {}
+        waiting = deque(masks)
+        idle = deque(actor for actor in self.actors if actor.ready is None)
+        starting = {actor.ready: actor for actor in self.actors if actor.ready is not None}
+        running: dict[Any, tuple[Actor, Mask, list[Any]]] = {}
         while waiting or running:
             while waiting and idle:
-                actor, mask = idle.pop(), waiting.pop()
+                actor, mask = idle.popleft(), waiting.popleft()
                 name = self._prepare(actor, evaluator, mask.means)
-                running[actor.handle.measure.remote(name, np.packbits(mask.keep).tobytes(), utility)] = (
-                    actor,
-                    mask,
-                    name,
-                )
-            (done, *_), _ = self.ray.wait(list(running), num_returns=1)
-            actor, mask, name = running.pop(done)
+                task = actor.handle.measure.remote(name, np.packbits(mask.keep).tobytes(), utility)
+                # An actor does one thing after the other: what it was given came before what it measures.
+                running[task] = (actor, mask, [actor.prepared[name], task])
+            done = self._next([*running, *starting], None if running else START_SECONDS)
+            actor, tried, awaited = running.pop(done) if done in running else (starting.pop(done), None, [done])
             try:
-                # An actor does one thing after the other: what it was given came before what it measured.
-                _, (figures, tokens) = self.ray.get([actor.prepared[name], done])
+                *_, outcome = self.ray.get(awaited)
             except died:
-                idle.append(self._replace(actor))
-                waiting.append(mask)
+                fresh = self._replace(actor)
+                starting[fresh.ready] = fresh
+                waiting.extend(() if tried is None else (tried,))
                 continue
+            actor.ready = None
             idle.append(actor)
-            self.model.usage.forward += tokens
-            yield mask, figures
+            if tried is not None:
+                figures, tokens = outcome
+                self.model.usage.forward += tokens
+                yield tried, figures
+
+    def _next(self, references: list[Any], patience: float | None) -> Any:
+        """The first of what is awaited that is there; None waits for ever, as for an actor that is at work."""
+        done, _ = self.ray.wait(references, num_returns=1, timeout=patience)
+        if not done:
+            raise ClusterError(
+                f"All Ray actors have died, and no other was ready after {START_SECONDS // 60} minutes; has the "
+                "cluster lost its machines?"
+            )
+        return done[0]
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started for them."""
@@ -225,6 +252,7 @@ class Cluster:
             )
         self.ray.kill(dead.handle)  # a lost result does not say that its actor is gone, too
         fresh = self._begin()
+        fresh.ready = fresh.handle.__ray_ready__.remote()
         self.actors[self.actors.index(dead)] = fresh
         return fresh
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,6 +19,11 @@ from secateur.models import LanguageModel, TokenUsage
 from secateur.progress import Advance, Progress
 
 PACKAGES = ("secateur", "torch", "transformers", "safetensors", "numpy")
+
+
+def now() -> str:
+    """The date and time, UTC in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,12 @@ class StepRecord:
 
 @dataclass(eq=False)
 class Recorder:
-    """Shows the progress of a run's steps and records what each one cost."""
+    """Shows the progress of a run's steps and records what each one cost; ``started`` is when, see :func:`now`."""
 
     model: LanguageModel
     progress: Progress = field(default_factory=Progress)
     steps: list[StepRecord] = field(default_factory=list)
+    started: str = field(default_factory=now)
     _start: float = field(default_factory=time.perf_counter)
     _usage: TokenUsage = field(init=False)
 
@@ -68,6 +75,8 @@ class Recorder:
             "settings": settings,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "platform": platform.platform(),
+            "started": self.started,
+            "finished": now(),
             "model": {
                 "source": self.model.source,
                 "type": self.model.model.config.model_type,

@@ -224,7 +224,8 @@ def repair(
         return {**run, "splits": parts.splits.describe(suite)}
 
     def save(candidates: Candidates) -> None:
-        save_partial({"suite": suite.name, "candidates": candidates.as_list(), "run": describe()})
+        run = {**describe(), "finished": None}
+        save_partial({"suite": suite.name, "candidates": candidates.as_list(), "run": run})
 
     problem = parts.problem(settings, recorder)
     candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder, save)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Run:
     suite, model: as in its result; empty where an interrupted run does not say.
     finished: whether the result is there.
     summary: the verdict, the best method, or what an interrupted run has measured.
-    command: the arguments that an interrupted run was begun with.
+    command: the arguments that an interrupted run was begun with; none where it was begun from Python.
+    begun_in: the directory in which they were given; empty where the run does not say.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Run:
     finished: bool
     summary: str
     command: tuple[str, ...] = ()
+    begun_in: str = ""
 
 
 def list_runs(folder: Path) -> list[Run]:
@@ -74,18 +77,27 @@ def read_run(directory: Path) -> Run | None:
     return None
 
 
-def resume_command(directory: Path) -> list[str]:
-    """The arguments that carry on an interrupted run, from its directory or that with ``.partial``.
+def interrupted_run(directory: Path) -> Run:
+    """The interrupted run that a command carries on, from its directory or that with ``.partial``.
 
     Raises
     ------
-    DataError: there is no interrupted run there.
+    DataError: there is no interrupted run there, it was begun from Python, or where it was begun is gone.
     """
     name = directory.name.removesuffix(PARTIAL_SUFFIX)
     run = read_run(directory.with_name(name + PARTIAL_SUFFIX))
-    if run is None or not run.command:
+    if run is None:
         raise DataError(f"'{directory}' holds no interrupted run; 'secateur runs' lists those that there are.")
-    return list(run.command)
+    if not run.command:
+        raise DataError(
+            f"'{directory}' was begun from Python; call secateur.{run.study} with the same settings and output again."
+        )
+    if run.begun_in and not Path(run.begun_in).is_dir():
+        raise DataError(
+            f"'{directory}' was begun in '{run.begun_in}', which is not there any more; give its command again: "
+            f"secateur {shlex.join(run.command)}"
+        )
+    return run
 
 
 def _interrupted(directory: Path) -> Run | None:
@@ -96,6 +108,7 @@ def _interrupted(directory: Path) -> Run | None:
     done = [str(found["name"]) for found in state.get("methods", [])]
     done += [f"{fit['method']} on {fit['source']}" for fit in state.get("fits", [])]
     summary = _measured(directory / MEASURED, key) + (f"; finished: {', '.join(done)}" if done else "")
+    summary += "; carried on from Python" if state.get("command") == [] else ""
     path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
     return Run(
         path,
@@ -105,6 +118,7 @@ def _interrupted(directory: Path) -> Run | None:
         False,
         summary,
         tuple(map(str, state.get("command", ()))),
+        str(state.get("directory", "")),
     )
 
 
