@@ -25,7 +25,7 @@ from secateur.files import MEASURED
 
 # Attribution measures few masks one after another; annealing many, and learns from every one; attention-pruning all of
 # its own before it learns.
-KILLS = {"attribution": 8, "annealing": 6, "attention-pruning": 6}
+KILLS = {"attribution": 4, "annealing": 8, "attention-pruning": 8}
 SETTINGS = {
     "attribution": (),
     "annealing": ("evaluations=40", "rounds=3", "steps=100", "chains=16", "markers=2", "windows=1"),
