@@ -315,20 +315,16 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
     targets = [suite.name for suite in result.suites]
     sources = result.sources(name)
     grid = [[cells.get((source, target)) for target in targets] for source in sources]
-
-    def change(reduction: float) -> float:
-        return float(np.round(0 - 100 * reduction, 1))
-
     figure = go.Figure()
     figure.add_heatmap(
         x=[plain(target) for target in targets],
         y=[broken(source) for source in sources],
-        z=[[None if cell is None else change(cell.reduction.value) for cell in row] for row in grid],
+        z=[[None if cell is None else round(cell.change_percent.value, 1) for cell in row] for row in grid],
         zmin=-100,
         zmax=100,
         colorscale=[[0, FALL], [0.5, PALE], [1, RISE]],
         colorbar={"title": "change<br>of B, %", "thickness": 12},
-        text=[["" if cell is None else _cell_label(cell.reduction.value, cell) for cell in row] for row in grid],
+        text=[["" if cell is None else _cell_label(cell) for cell in row] for row in grid],
         texttemplate="%{text}",
         textfont=CELL_TEXT,
         customdata=[
@@ -337,7 +333,7 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
                 if cell is None
                 else [
                     f"B {cell.before.value:.2f} to {cell.after.value:.2f}",
-                    f"{change(cell.reduction.high):+.0f} to {change(cell.reduction.low):+.0f} %",
+                    f"{cell.change_percent.low:+.0f} to {cell.change_percent.high:+.0f} %",
                     ", ".join(cell.differs) or cell.relation,
                 ]
                 for cell in row
@@ -355,8 +351,8 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
     return style(figure, 190 + 34 * len(sources))
 
 
-def _cell_label(reduction: float, cell: Cell) -> str:
-    number = f"{round(-100 * reduction):+d}"
+def _cell_label(cell: Cell) -> str:
+    number = f"{round(cell.change_percent.value):+d}"
     return f"<b>{number}*</b>" if cell.proven else number if cell.bias_shown else f"<i>({number})</i>"
 
 

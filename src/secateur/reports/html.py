@@ -134,7 +134,7 @@ def render_generalise(result: GeneraliseResult, place: str | Path = RUN) -> str:
             "matrix": _heat_map(matrix_figure(result, name), "Change of B by source and target"),
             "agreement": _heat_map(agreement_figure(result, name), "Units shared by every two repairs"),
             "layers": _heat_map(layers_figure(result.layers[name]), "Removed units by layer", LAYER_WIDTH),
-            "candidates": _choices(sources_figure(result.fits_of(name), result.limit)),
+            "candidates": _choices(shown) if (shown := sources_figure(result.fits_of(name), result.limit)) else None,
         }
         for name in result.methods
     }
@@ -202,17 +202,15 @@ def _heat_map(figure: go.Figure, label: str, column: int = CELL_WIDTH) -> Markup
     return region.format(label, _picture(figure, least))
 
 
-def _choices(found: Choices | None) -> dict[str, Any] | None:
+def _choices(found: Choices) -> dict[str, Any]:
     """What the template shows of a figure that shows one thing at a time."""
-    if found is None:
-        return None
     picture, data = _picture(found.figure), _data(json.dumps(found.states), "states")
     return {"picture": picture, "data": data, "names": found.names, "start": found.start, "states": found.states}
 
 
 def _drawn(found: Distributions) -> dict[str, Any]:
     """What the template shows of distributions."""
-    return {**(_choices(found) or {}), "spreads": found.spreads}
+    return {**_choices(found), "spreads": found.spreads}
 
 
 def _data(text: str, name: str = "data") -> Markup:

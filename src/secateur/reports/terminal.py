@@ -349,8 +349,8 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
         what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
         beside = "" if one.random_reduction is None else f", random masks {0 - one.random_reduction:+.0%}"
         lines.append(
-            f"{what}: bias {_change(one.comparison.reduction)} over {len(one.scenarios)} scenarios{beside}; perplexity "
-            f"{one.perplexity_increase:+.2%}, {one.over_limit} over the limit"
+            f"{what}: bias {_change(one.comparison.reduction.as_change)} over {len(one.scenarios)} scenarios{beside}; "
+            f"perplexity {one.perplexity_increase:+.2%}, {one.over_limit} over the limit"
         )
     for name in result.methods:
         if (overlap := result.mean_overlap(name)) is not None:
@@ -364,8 +364,7 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
 
 
-def _change(reduction: Interval) -> str:
-    change = reduction.as_change
+def _change(change: Interval) -> str:
     return f"{change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
 
 
@@ -481,8 +480,7 @@ def _generalise_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['model']}, suites {', '.join(result['suites'])}", *([result["verdict"]] * ("verdict" in result))]
     lines.append("change of B, held out:")
     for cell in result["cells"]:
-        change = cell["change_percent"]
-        figures = f"{change['value']:+.0f}% [{change['low']:+.0f}%, {change['high']:+.0f}%]"
+        figures = _change(Interval(**cell["change_percent"]))
         verdict = " (proven)" if cell["proven"] else _marks(cell["faults"])
         lines.append(f"  {cell['method']}, {cell['source']} -> {cell['target']}: {figures}{verdict}")
     advice = (f"{one['method']}, {one['family']}: {one['choice']}. {one['explanation']}" for one in result["advice"])

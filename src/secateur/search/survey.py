@@ -212,10 +212,8 @@ class Survey:
         expected = prior.effect[:, None] * start / self.before
         scale = _scales([removed @ expected], gaps - start, weights, MOST_EFFECT)[0]
         of_gaps = learn(removed, gaps, start, scale * expected, weights)
-        measured, beyond = (
-            np.array([[float(one.increase.value)] for one in self.found]),
-            pareto.MOST_LIMITS * self.limit,
-        )
+        measured = np.array([[float(one.increase.value)] for one in self.found])
+        beyond = pareto.MOST_LIMITS * self.limit
         increases = np.minimum(measured, beyond)
         kinds = [np.where(kind, prior.damage, 0.0)[:, None] for kind in (prior.heads, ~prior.heads)]
         scales = _scales([removed @ kind for kind in kinds], increases, weights, np.inf)

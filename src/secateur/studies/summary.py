@@ -13,8 +13,6 @@ from secateur.studies.relations import Relation
 
 # Judged on what was not fitted.
 ELSEWHERE: tuple[Relation, ...] = ("across", "attributes", "languages", "joint")
-
-
 Pair = tuple[str, str]  # source and target
 
 
