@@ -1,13 +1,13 @@
 """Print the held-out hypervolume (bias, perplexity) that four searches reach with the same number of evaluations.
 
-Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--store FILE]``. Every
-search measures at most that many masks on draws of the fit part of one size: all scenarios, some markers, some windows
-of text (``fasp`` one mask per head and draw); what attribution and the unpruned model's answers to all of fit cost
-before ``annealing`` begins is taken off its masks. Each search proposes up to twenty masks: those of the Pareto front
-of all that it has measured which together dominate most, half of them within the utility limit, by one rule
-(:func:`secateur.search.pareto.promising`); ``fasp``, which measures single heads alone, those that its rule combines.
-Random search differs from ``annealing`` in which masks are measured, and knows no attribution; draws from turn to turn
-and what is believed of measured masks are the same.
+Run with ``python benchmarks/hypervolume.py [--suite NAME] [--seeds 3] [--evaluations 300] [--scenarios N]
+[--store FILE]``. Every search measures at most that many masks on draws of the fit part of one size: all scenarios
+that are asked, some markers, some windows of text (``fasp`` one mask per head and draw); what attribution and the
+unpruned model's answers to all of fit cost before ``annealing`` begins is taken off its masks. Each search proposes up
+to twelve masks: those of the Pareto front of all that it has measured which together dominate most, half of them within
+the utility limit, by one rule (:func:`secateur.search.pareto.promising`); ``fasp``, which measures single heads alone,
+those that its rule combines. Random search differs from ``annealing`` in which masks are measured, and knows no
+attribution; draws from turn to turn and what is believed of measured masks are the same.
 
 What is taken is decided on select: for every price from none to the worst that counts, the proposal of the least bias
 there among those whose perplexity there rises by no more, or none where none lowers the bias. What it is worth is told
@@ -51,7 +51,7 @@ from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
 
 WORST = 0.10
-PROPOSALS = 20
+PROPOSALS = 12
 EVERYTHING = 1000  # scenarios
 LEAST = 24  # evaluations to search with
 TRIES = 100  # at a mask that was not drawn before
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=100, help="0 is the split of the tables in the documents")
     parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--scenarios", type=int, help="of the suite, evenly spaced, instead of all")
     parser.add_argument("--markers", type=int, default=4, help="per group, in the draw")
     parser.add_argument("--windows", type=int, default=2, help="of neutral text, in the draw")
     parser.add_argument("--utility-tokens", type=int, default=6144)
@@ -300,7 +301,12 @@ def main() -> None:
     store = None if options.store is None else Store(options.store, model.fingerprint)
     volumes: dict[str, list[float]] = {name: [] for name in searches}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        settings = StudySettings(seed=seed, control_suite=None, utility_tokens=options.utility_tokens)
+        settings = StudySettings(
+            seed=seed,
+            control_suite=None,
+            utility_tokens=options.utility_tokens,
+            max_scenarios=options.scenarios,
+        )
         recorder = Recorder(model)
         parts = Parts.prepare(model, secateur.load_suite(options.suite), settings, store)
         before = max(0.0, corrected_square(parts.test.evaluate(None, utility=True).table, seed)) ** 0.5
