@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not available, reason="this PyTorch has no oneDN
 @pytest.fixture(autouse=True)
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "has_avx512", lambda: True)
 
 
 @pytest.fixture
@@ -60,6 +61,15 @@ def test_module_with_frozen_weights_takes_the_fast_path(calls: list[int]) -> Non
         layer(torch.randn(3, 8))
     assert calls == [1]
     layer(torch.randn(3, 8))
+    assert calls == [1]
+
+
+def test_without_avx512_output_heads_alone_take_it(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(module, "has_avx512", lambda: False)
+    with fast_linear():
+        linear(torch.randn(3, 8), torch.randn(63, 8))
+        assert calls == []
+        linear(torch.randn(3, 8), torch.randn(64, 8))
     assert calls == [1]
 
 

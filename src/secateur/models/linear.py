@@ -1,7 +1,9 @@
 """Linear layers through oneDNN where MKL is slow.
 
 PyTorch multiplies fp32 matrices on x86 CPUs with MKL, which keeps its fastest kernels for Intel
-processors; on others oneDNN, which PyTorch carries too, is 1.2 to 1.7 times as fast.
+processors. On others that have AVX-512 oneDNN, which PyTorch carries too, is 1.2 to 1.7 times as fast. With AVX2 alone
+(measured on an AMD EPYC of the third generation) it is 1.1 to 1.5 times as fast for an output head; for the layers MKL
+is faster by some 5 %.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 CPU_DESCRIPTION = Path("/proc/cpuinfo")
+# A matrix with so many times as many outputs as inputs is an output head.
+WIDE = 8
 
 
 @contextmanager
@@ -43,6 +47,12 @@ def onednn_is_faster() -> bool:
     return available and known and CPU_DESCRIPTION.is_file() and "GenuineIntel" not in CPU_DESCRIPTION.read_text()
 
 
+@cache
+def has_avx512() -> bool:
+    """Whether this machine multiplies 512 bits at once."""
+    return CPU_DESCRIPTION.is_file() and "avx512f" in CPU_DESCRIPTION.read_text()
+
+
 class _OneDnnMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,7 +64,8 @@ class _OneDnnMode(TorchFunctionMode):
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return plain and not weight.requires_grad and x.numel() > 0
+    gains = has_avx512() or weight.shape[0] >= WIDE * weight.shape[1]
+    return plain and gains and not weight.requires_grad and x.numel() > 0
 
 
 class _OneDnnLinear(torch.autograd.Function):
