@@ -106,9 +106,9 @@ class SampledMasks(Settings):
     evaluations: Annotated[int, Field(ge=MIN_EVALUATIONS)] = 280
     least: Annotated[int, Field(ge=1)] = 1
     most: Annotated[int | None, Field(ge=1)] = None
-    markers: Annotated[int, Field(ge=2)] = 4
+    markers: Annotated[int, Field(ge=2)] = 3
     windows: Annotated[int, Field(ge=1)] = 2
-    window_tokens: Annotated[int, Field(ge=2)] = 128
+    window_tokens: Annotated[int, Field(ge=2)] = 64
     seed: Annotated[int, Field(ge=0)] = 0
 
     def cheaper(self) -> dict[str, Any]:
