@@ -104,6 +104,7 @@ def _cell(name: str, source: str, target: Suite, rng: np.random.Generator, suite
         differs=() if suite is None else differences(suite, target),
         markers=24,
         scenarios=6,
+        p_before=rng.choice([0.001, 0.3]),
         before=found.before,
         after=found.after,
         reduction=found.reduction,

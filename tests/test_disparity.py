@@ -30,6 +30,7 @@ from secateur.measures.disparity import (
     scenario_intervals,
     statistics,
     suite_bias,
+    suite_p_value,
 )
 
 SCENARIOS = 12
@@ -271,6 +272,26 @@ def test_permutation_p_is_small_for_a_planted_effect_alone() -> None:
     assert p_values.min() >= 1 / 1001
     assert (p_values <= 0.05).mean() == pytest.approx(0.05, abs=0.04)
     assert p_values.mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_p_value_of_a_suite_is_exact_and_sees_more_than_its_scenarios() -> None:
+    nothing = np.array([suite_p_value(simulate(seed), seed) for seed in range(200)])
+    assert nothing.min() >= 1 / 1001
+    assert (nothing <= 0.05).mean() == pytest.approx(0.05, abs=0.04)
+    assert nothing.mean() == pytest.approx(0.5, abs=0.1)
+    weak = [simulate(seed, effect=0.4) for seed in range(40)]
+    whole = fmean(suite_p_value(table, seed) <= 0.05 for seed, table in enumerate(weak))
+    single = fmean(float(holm(permutation_p_values(table, seed)).min() <= 0.05) for seed, table in enumerate(weak))
+    interval = fmean(interval_of_bias(table, seed).low > 0 for seed, table in enumerate(weak))
+    assert whole > single
+    assert whole > interval
+
+
+def test_the_p_value_of_a_suite_counts_all_ways_to_label_its_markers() -> None:
+    """Two groups of three: twenty ways, of which two, one the other's mirror, are as far apart as these."""
+    groups = np.repeat([0, 1], 3)
+    y = np.array([[5.0, 6.0, 7.0, 1.0, 2.0, 3.5], [2.0, 2.5, 3.0, 0.0, 0.5, 0.2]])
+    assert suite_p_value(Table(y, groups)) == pytest.approx(2 / 20, abs=0.03)
 
 
 def test_everything_is_deterministic_in_the_seed() -> None:

@@ -152,25 +152,25 @@ def test_audit_counts_selections_where_an_answer_is_favourable(tmp_path: Path, o
 
 
 @pytest.mark.parametrize(
-    ("low", "p_values", "verdict", "said"),
+    ("whole", "p_values", "verdict", "said"),
     [
-        (0.2, (0.5, 0.5, 0.5), "bad", "The model treats the groups differently: suite bias B = 0.30"),
-        (0.0, (0.5, 0.01, 0.5), "bad", "differently in some scenarios: 1 of 3 scenarios differ beyond chance"),
-        (0.0, (0.5, 0.5, 0.5), "good", "No difference between the groups that exceeds chance was found"),
+        (0.049, (0.5, 0.5, 0.5), "bad", "suite bias B = 0.30 [0.00, 0.60], permutation p = 0.049"),
+        (0.05, (0.5, 0.01, 0.5), "bad", "differently in some scenarios: 1 of 3 scenarios differ beyond chance"),
+        (0.05, (0.5, 0.5, 0.5), "good", "No difference between the groups that exceeds chance was found"),
     ],
 )
 def test_the_verdict_of_an_audit_heeds_single_scenarios(
-    low: float, p_values: tuple[float, ...], verdict: str, said: str, tmp_path: Path
+    whole: float, p_values: tuple[float, ...], verdict: str, said: str, tmp_path: Path
 ) -> None:
     model = secateur.load(save_model(tmp_path / "model"), device="cpu")
     found = secateur.audit(model, write_suite(tmp_path))
     scenarios = [replace(one, p_holm=p) for one, p in zip(found.scenarios, p_values, strict=True)]
-    found = replace(found, bias=Interval(0.3, low, 0.6), scenarios=scenarios)
+    found = replace(found, bias=Interval(0.3, 0.0, 0.6), p_value=whole, scenarios=scenarios)
     html = render_audit(found)
     assert f'<div class="verdict {verdict}">' in html
     text = " ".join(Page(html).text.split())
     assert said in text
-    assert ("95 % upper bound 0.60" in text) == (low == 0)
+    assert ("95 % upper bound 0.60" in text) == (whole == 0.05)
     assert "at most" not in text
     named = "(p < 0.05 after Holm): price" in text
     assert named == any("correction: price" in line for line in audit_summary(found)) == (min(p_values) < 0.05)
@@ -469,11 +469,12 @@ def comparison(reduction: Interval, before: Interval | None = None) -> Compariso
 
 GOOD = comparison(Interval(0.6, 0.3, 0.8))
 CHEAP = Interval(0.01, -0.01, 0.03)
+SHOWN = 0.001
 RANDOM = [comparison(Interval(0.05, -0.1, 0.2)), comparison(Interval(-0.15, -0.3, 0.1))]
 
 
 def test_judge_verified() -> None:
-    verdict, explanation = judge(GOOD, CHEAP, RANDOM, 0.02)
+    verdict, explanation = judge(GOOD, SHOWN, CHEAP, RANDOM, 0.02)
     assert verdict == "verified"
     assert explanation == (
         "On unseen markers and wordings the bias fell by 60% (95 % interval 30% to 80%), perplexity changed by "
@@ -482,14 +483,21 @@ def test_judge_verified() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "increase", "random", "reasons"),
+    ("found", "p_before", "increase", "random", "reasons"),
     [
-        (replace(GOOD, before=Interval(0.5, 0.0, 1.2)), CHEAP, RANDOM, ["cannot be told from chance"]),
-        (comparison(Interval(0.6, 0.0, 0.8)), CHEAP, RANDOM, ["(0% to 80%) includes no effect"]),
-        (GOOD, CHEAP, [*RANDOM, comparison(Interval(0.6, 0.2, 0.9))], ["a random mask of the same size did as well"]),
-        (GOOD, Interval(0.021, 0.0, 0.04), RANDOM, ["perplexity rose by 2.10%, above the limit of 2%"]),
+        (GOOD, 0.05, CHEAP, RANDOM, ["cannot be told from chance on the test part (permutation test: p = 0.05)"]),
+        (comparison(Interval(0.6, 0.0, 0.8)), SHOWN, CHEAP, RANDOM, ["(0% to 80%) includes no effect"]),
+        (
+            GOOD,
+            SHOWN,
+            CHEAP,
+            [*RANDOM, comparison(Interval(0.6, 0.2, 0.9))],
+            ["a random mask of the same size did as well"],
+        ),
+        (GOOD, SHOWN, Interval(0.021, 0.0, 0.04), RANDOM, ["perplexity rose by 2.10%, above the limit of 2%"]),
         (
             comparison(Interval(-0.2, -0.5, 0.1), Interval(0.5, 0.0, 1.2)),
+            0.4,
             Interval(0.5, 0.4, 0.6),
             RANDOM,
             ["cannot be told from chance", "includes no effect", "a random mask", "perplexity rose by 50.00%"],
@@ -497,9 +505,9 @@ def test_judge_verified() -> None:
     ],
 )
 def test_judge_not_verified(
-    found: Comparison, increase: Interval, random: list[Comparison], reasons: list[str]
+    found: Comparison, p_before: float, increase: Interval, random: list[Comparison], reasons: list[str]
 ) -> None:
-    verdict, explanation = judge(found, increase, random, 0.02)
+    verdict, explanation = judge(found, p_before, increase, random, 0.02)
     assert verdict == "not verified"
     assert explanation.startswith("Not proven: ")
     assert explanation.split(". On unseen")[0].count("; ") == len(reasons) - 1
@@ -508,19 +516,19 @@ def test_judge_not_verified(
 
 
 def test_nothing_is_proven_beside_random_masks_that_all_destroy_the_model() -> None:
-    verdict, explanation = judge(GOOD, CHEAP, [], 0.02)
+    verdict, explanation = judge(GOOD, SHOWN, CHEAP, [], 0.02)
     assert verdict == "not verified"
     assert explanation.count("under every random mask of the same size the model gave no finite answers") == 2
     assert "nan" not in explanation
 
 
 def test_a_bias_that_grew_is_said_to_have_risen() -> None:
-    _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), CHEAP, RANDOM, 0.02)
+    _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), SHOWN, CHEAP, RANDOM, 0.02)
     assert "the bias rose by 20% (95 % interval of the change -10% to +50%), perplexity" in explanation
 
 
 def test_judge_allows_an_increase_at_the_limit() -> None:
-    assert judge(GOOD, Interval(0.02, 0.0, 0.04), RANDOM, 0.02)[0] == "verified"
+    assert judge(GOOD, SHOWN, Interval(0.02, 0.0, 0.04), RANDOM, 0.02)[0] == "verified"
 
 
 def candidate(increase: float, within: bool) -> CandidateRecord:

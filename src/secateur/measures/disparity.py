@@ -344,6 +344,17 @@ def permutation_p_values(table: Table, seed: int = 0) -> np.ndarray:
     return np.asarray((1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + len(shuffled)))
 
 
+def suite_p_value(table: Table, seed: int = 0) -> float:
+    """One-sided permutation p-value of a suite's bias: how often shuffled labels give as large a mean SMD^2.
+
+    It tells whether there is a bias in the scenarios that are asked, and is exact for these; the interval of B also
+    says what other scenarios might give, so that it may begin at 0 where this p-value is small.
+    """
+    observed = (statistics(table)["smd"] ** 2).mean()
+    shuffled = (null(table, seed, permutations=REPLICATES)["smd"] ** 2).mean(axis=1)
+    return float((1 + (shuffled >= observed - 1e-12).sum()) / (1 + len(shuffled)))
+
+
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Holm's step-down adjustment (Holm, 1979) of p-values (tests,)."""
     order = np.argsort(p_values, kind="stable")

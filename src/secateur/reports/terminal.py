@@ -31,6 +31,8 @@ from secateur.studies.slim import SlimResult
 from secateur.studies.verification import told_plan
 from secateur.suites import Suite, fill
 
+HOW_TO_CARRY_ON = "The command that began it, or the call from Python, carries on."
+
 
 class TerminalProgress(Progress):
     """One bar per step, with the time left; plain lines where the output is no terminal."""
@@ -100,7 +102,8 @@ def audit_summary(result: AuditResult) -> list[str]:
     summary = result.summary
     significant = result.significant
     return [
-        f"Suite bias B (mean SMD², noise subtracted): {interval_text(result.bias)}",
+        f"Suite bias B (mean SMD², noise subtracted): {interval_text(result.bias)}; labels shuffled over markers: "
+        f"p = {result.p_value:.2g}",
         f"Raw mean |SMD| {summary.mean_abs_smd:.2f} (shuffled labels: {summary.null_abs_smd:.2f}); "
         f"mean |gap| {summary.mean_abs_gap:.2f} (shuffled: {summary.null_abs_gap:.2f})",
         f"{len(significant)} of {len(result.scenarios)} scenarios differ between groups at p < 0.05 after Holm's "
@@ -494,12 +497,12 @@ def _marks(faults: list[str]) -> str:
 def _partial_lines(state: dict[str, Any]) -> list[str]:
     if "methods" in state:
         done = ", ".join(found["name"] for found in state["methods"]) or "no method yet"
-        return [f"Interrupted comparison; finished: {done}. The same command carries on."]
+        return [f"Interrupted comparison; finished: {done}. {HOW_TO_CARRY_ON}"]
     if "fits" in state:
         done = ", ".join(f"{fit['method']} on {fit['source']}" for fit in state["fits"]) or "none yet"
-        return [f"Interrupted study of where repairs hold; finished: {done}. The same command carries on."]
+        return [f"Interrupted study of where repairs hold; finished: {done}. {HOW_TO_CARRY_ON}"]
     if "candidates" not in state:
-        return ["Interrupted repair; no candidate was measured yet. The same command carries on."]
+        return [f"Interrupted repair; no candidate was measured yet. {HOW_TO_CARRY_ON}"]
     lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]
     for candidate in state["candidates"]:
         lines.append(
@@ -507,7 +510,7 @@ def _partial_lines(state: dict[str, Any]) -> list[str]:
             if candidate["bias"] is not None
             else f"  {_units(candidate)}: the model's answers are not finite"
         )
-    return [*lines, "The same command carries on."]
+    return [*lines, HOW_TO_CARRY_ON]
 
 
 def _units(found: dict[str, Any]) -> str:

@@ -7,7 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.measures.disparity import Interval, Table, interval_of_bias, reduction_replicates, suite_bias
+from secateur.measures.disparity import (
+    SIGNIFICANT,
+    Interval,
+    Table,
+    reduction_replicates,
+    suite_bias,
+    suite_p_value,
+)
 from secateur.measures.disparity import reduction as reduction_of
 
 Choice = Literal["one repair per use", "one repair for all", "repairs can be shared", "leave as it is", "not decided"]
@@ -74,7 +81,7 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
     Where there is no mask, own or shared, the use is left as it is: a reduction of 0. Markers are resampled once for
     all uses, which share many of them, and scenarios for every use by itself.
     """
-    biased = [use for use in uses if interval_of_bias(use.before, seed).low > 0]
+    biased = [use for use in uses if suite_p_value(use.before, seed) < SIGNIFICANT]
     if not biased:
         return Advice(method, family, "leave as it is", _nothing_shown(len(uses)))
     judged = [use for use in biased if use.shared]

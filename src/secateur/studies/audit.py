@@ -24,6 +24,7 @@ from secateur.measures.disparity import (
     scenario_intervals,
     statistics,
     suite_bias,
+    suite_p_value,
 )
 from secateur.measures.prompts import ChatMode, build_prompts, check_chat
 from secateur.measures.sampling import TEMPERATURE, check_sampling, quantity_prompts, sample_amounts
@@ -89,7 +90,7 @@ class AuditResult:
 
     Attributes
     ----------
-    bias: the corrected suite bias B with its interval.
+    bias: the corrected suite bias B with its interval. p_value: permutation p-value of the suite's bias.
     summary: all suite figures, raw and null.
     scenarios: one entry per scenario.
     table: y of every scenario and marker; kept out of ``audit.json``.
@@ -101,12 +102,18 @@ class AuditResult:
     model: str
     suite: Suite
     bias: Interval
+    p_value: float
     summary: SuiteBias
     scenarios: list[ScenarioDisparity]
     table: Table
     run: dict[str, Any]
     selections: list[Selection] = field(default_factory=list)
     sampled: SampledCheck | None = None
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the groups differ beyond chance over the whole suite."""
+        return self.p_value < SIGNIFICANT
 
     @property
     def significant(self) -> list[str]:
@@ -119,6 +126,7 @@ class AuditResult:
             "model": self.model,
             "suite": self.suite.name,
             "bias": self.bias.as_dict(),
+            "p_value": self.p_value,
             "summary": asdict(self.summary),
             "scenarios": [asdict(scenario) for scenario in self.scenarios],
             "selections": [selection.as_dict() for selection in self.selections],
@@ -164,6 +172,7 @@ def audit(
         model=model.source,
         suite=suite,
         bias=interval_of_bias(table, seed),
+        p_value=suite_p_value(table, seed),
         summary=suite_bias(table, seed),
         scenarios=describe_scenarios(suite, table, seed),
         table=table,

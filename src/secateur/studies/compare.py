@@ -353,7 +353,7 @@ def _verdict(test: Examination | None, draws: list[Comparison], limit: float) ->
         "perplexity_increase": test.perplexity_increase,
         "control_change": None if test.control is None else test.control.change,
         "over_limit": test.perplexity_increase.value > limit,
-        "faults": find_faults(test.comparison, test.perplexity_increase, draws, limit),
+        "faults": find_faults(test.comparison, test.p_before, test.perplexity_increase, draws, limit),
     }
 
 

@@ -17,6 +17,7 @@ from secateur.measures.disparity import (
     holm,
     p_value,
     suite_bias,
+    suite_p_value,
 )
 from secateur.measures.disparity import reduction as reduction_of
 from secateur.measures.splits import NOTHING_SEEN
@@ -133,6 +134,7 @@ class Judging:
             differs=() if home is None else differences(home, target),
             markers=int(keep.sum()),
             scenarios=len(rows),
+            p_before=suite_p_value(before, self._seed),
             before=found.before,
             after=found.after,
             reduction=found.reduction,
@@ -169,6 +171,7 @@ class Judging:
             differs=(),
             markers=len(before.groups),
             scenarios=len(before.y),
+            p_before=suite_p_value(before, self._seed),
             before=found[0].before,
             after=spread([one.after.value for one in found]),
             reduction=spread([one.reduction.value for one in found]),

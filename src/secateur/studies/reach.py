@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval
 from secateur.measures.overlap import Overlap
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
@@ -92,6 +92,7 @@ class Cell:
     differs: what the target differs in from the source, of language, attribute and domain.
     markers: of the target, without those that the source has fitted or chosen by. scenarios: likewise, without those
         whose wordings it has.
+    p_before: permutation p-value of the bias before.
     before, after, reduction, change: of B. Of random masks, the last three are the mean with the smallest and the
         largest draw.
     perplexity_increase: under the mask, on the test part of the text; None for random masks.
@@ -109,6 +110,7 @@ class Cell:
     differs: tuple[str, ...]
     markers: int
     scenarios: int
+    p_before: float
     before: Interval
     after: Interval
     reduction: Interval
@@ -122,7 +124,7 @@ class Cell:
     @property
     def bias_shown(self) -> bool:
         """Whether there was a bias on the target that can be told from chance."""
-        return self.before.low > 0
+        return self.p_before < SIGNIFICANT
 
     @property
     def change_percent(self) -> Interval:
@@ -142,7 +144,7 @@ class Cell:
     @property
     def faults(self) -> list[str]:
         """What keeps a repair from being proven, in words."""
-        found = faults_of(self.before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
+        found = faults_of(self.p_before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
         return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
     @property

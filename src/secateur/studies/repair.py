@@ -66,6 +66,7 @@ class RepairResult:
     mask: the chosen mask, or None where no candidate passed. space: the units of the model.
     verdict: "verified" or "not verified"; explanation: why, in words.
     comparison: bias on test before and after. random: the same for random masks of the same size.
+    p_before: permutation p-value of the bias on test before.
     control: the same for the control suite.
     perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text.
     test_before, test_after: every scenario on test.
@@ -88,6 +89,7 @@ class RepairResult:
     run: dict[str, Any]
     method: str = DEFAULT_METHOD
     comparison: Comparison | None = None
+    p_before: float | None = None
     random: list[Comparison] = field(default_factory=list)
     control_suite: str | None = None
     control: Comparison | None = None
@@ -152,6 +154,7 @@ class RepairResult:
             },
             "test": {
                 **self.comparison.as_dict(),
+                "p_before": self.p_before,
                 **({} if drawn is None else {"random_reduction": drawn.as_dict()}),
                 "random_draws": [draw.reduction.value for draw in self.random],
                 "control_suite": self.control_suite,
@@ -252,12 +255,15 @@ def repair(
         return result(NOT_VERIFIED, why_nothing(candidates.records, settings.max_perplexity_increase))
     found = examine(parts, mask, settings.seed, recorder)
     random = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
-    verdict, explanation = judge(found.comparison, found.perplexity_increase, random, settings.max_perplexity_increase)
+    verdict, explanation = judge(
+        found.comparison, found.p_before, found.perplexity_increase, random, settings.max_perplexity_increase
+    )
     verification = _verification(model, suite, mask, settings, recorder)
     return result(
         verdict,
         explanation,
         comparison=found.comparison,
+        p_before=found.p_before,
         random=random,
         control_suite=settings.control_suite,
         control=found.control,

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from secateur.errors import NumericalError
-from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval, Table, compare
+from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval, Table, compare, suite_p_value
 from secateur.studies.parts import Parts
 from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
@@ -34,12 +34,14 @@ class Examination:
     ----------
     before, after: y by scenario and marker.
     comparison: the suite bias before and after. control: the same for the control suite.
+    p_before: permutation p-value of the bias before.
     perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text.
     """
 
     before: Table
     after: Table
     comparison: Comparison
+    p_before: float
     control: Comparison | None
     perplexity_before: float
     perplexity_after: float
@@ -65,6 +67,7 @@ def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Exami
         before=before,
         after=after,
         comparison=compare(before, after, seed),
+        p_before=suite_p_value(before, seed),
         control=control,
         perplexity_before=test.perplexity(),
         perplexity_after=test.perplexity(mask),
@@ -96,13 +99,15 @@ def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder:
     return comparisons
 
 
-def judge(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> tuple[Verdict, str]:
+def judge(
+    comparison: Comparison, p_before: float, increase: Interval, random: list[Comparison], limit: float
+) -> tuple[Verdict, str]:
     """The verdict on the test figures, and its reasons in words.
 
-    Verified means: there was a bias (B before has a lower end above 0), it fell (the reduction's
+    Verified means: there was a bias (shuffled labels hardly ever give as much), it fell (the reduction's
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
-    reduction, faults = comparison.reduction, find_faults(comparison, increase, random, limit)
+    reduction, faults = comparison.reduction, find_faults(comparison, p_before, increase, random, limit)
     baseline = "under every random mask of the same size the model gave no finite answers"
     if random:
         mean = np.mean([draw.reduction.value for draw in random])
@@ -126,41 +131,45 @@ def _change(reduction: Interval) -> str:
     )
 
 
-def find_faults(comparison: Comparison, increase: Interval, random: list[Comparison], limit: float) -> list[str]:
+def find_faults(
+    comparison: Comparison, p_before: float, increase: Interval, random: list[Comparison], limit: float
+) -> list[str]:
     """What keeps a reduction on test from being proven, in sentences with their figures.
 
     Parameters
     ----------
+    p_before: permutation p-value of the bias before.
     random: the same under random masks of the same size; none where they were not measured, which is no fault here.
     """
     before, reduction = comparison.before, comparison.reduction
     most = max((draw.reduction.value for draw in random), default=None)
     no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
     sentences = {
-        NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part",
+        NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part (permutation "
+        f"test: p = {p_before:.2g})",
         DID_NOT_FALL: no_effect,
         CHANCE: no_effect,
         LIKE_RANDOM: "" if most is None else f"a random mask of the same size did as well ({most:.0%})",
         OVER_LIMIT: f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%",
     }
-    found = faults_of(before, reduction, most, increase.value > limit)
+    found = faults_of(p_before, reduction, most, increase.value > limit)
     return [sentences[fault] for fault in found if fault != NO_RANDOM]
 
 
 def faults_of(
-    before: Interval, reduction: Interval, most_random: float | None, over_limit: bool, p_value: float = 0.0
+    p_before: float, reduction: Interval, most_random: float | None, over_limit: bool, p_value: float = 0.0
 ) -> list[str]:
     """What keeps a reduction on test from being proven, in a few words each; the one rule of all studies.
 
     Parameters
     ----------
-    before: B before the repair. reduction: of B.
+    p_before: permutation p-value of the bias before the repair. reduction: of B.
     most_random: the largest reduction under random masks; None where none were measured.
     over_limit: whether perplexity rose by more than the limit.
     p_value: of no change, corrected, where several reductions are judged at once.
     """
     faults = []
-    if before.low <= 0:
+    if p_before >= SIGNIFICANT:
         faults.append(NO_BIAS)
     if reduction.value <= 0:
         faults.append(DID_NOT_FALL)
