@@ -20,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 repair: install
 	$(BIN)/secateur repair --output runs/first --overwrite
 
-# Tiny models take one core each, the real one all of them. Files in their order: the longest hold few tests, and would come last.
+# Tiny models take one core each, the real one all of them. Files run in their order: the longest hold few tests, and
+# would come last.
 test: fast
 	$(BIN)/python -m pytest -m real
 

@@ -151,10 +151,13 @@ def test_audit_counts_selections_where_an_answer_is_favourable(tmp_path: Path, o
     assert f"shuffled labels give a ratio below 0.80 in {share} of draws" in html
 
 
+WHOLE_SUITE = "The model treats the groups differently: suite bias B = 0.30 [0.00, 0.60], permutation p = 0.049;"
+
+
 @pytest.mark.parametrize(
     ("whole", "p_values", "verdict", "said"),
     [
-        (0.049, (0.5, 0.5, 0.5), "bad", "suite bias B = 0.30 [0.00, 0.60], permutation p = 0.049"),
+        (0.049, (0.5, 0.5, 0.5), "bad", WHOLE_SUITE),
         (0.05, (0.5, 0.01, 0.5), "bad", "differently in some scenarios: 1 of 3 scenarios differ beyond chance"),
         (0.05, (0.5, 0.5, 0.5), "good", "No difference between the groups that exceeds chance was found"),
     ],

@@ -341,7 +341,7 @@ def permutation_p_values(table: Table, seed: int = 0) -> np.ndarray:
     """Two-sided permutation p-value of every scenario's SMD, (scenarios,)."""
     observed = np.abs(statistics(table)["smd"])
     shuffled = np.abs(null(table, seed, permutations=REPLICATES)["smd"])
-    return np.asarray((1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + len(shuffled)))
+    return _share_as_large(shuffled, observed)
 
 
 def suite_p_value(table: Table, seed: int = 0) -> float:
@@ -352,7 +352,12 @@ def suite_p_value(table: Table, seed: int = 0) -> float:
     """
     observed = (statistics(table)["smd"] ** 2).mean()
     shuffled = (null(table, seed, permutations=REPLICATES)["smd"] ** 2).mean(axis=1)
-    return float((1 + (shuffled >= observed - 1e-12).sum()) / (1 + len(shuffled)))
+    return float(_share_as_large(shuffled, observed))
+
+
+def _share_as_large(shuffled: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Of shuffles, (permutations, ...), and the sample itself, those that are as large as the sample, (...)."""
+    return np.asarray((1 + (shuffled >= observed - 1e-12).sum(axis=0)) / (1 + len(shuffled)))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

@@ -44,13 +44,19 @@ def onednn_is_faster() -> bool:
     """Whether this is a machine whose linear layers would go through MKL on a processor not made by Intel."""
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return available and known and CPU_DESCRIPTION.is_file() and "GenuineIntel" not in CPU_DESCRIPTION.read_text()
+    description = _cpu_description()
+    return available and known and description != "" and "GenuineIntel" not in description
 
 
 @cache
 def has_avx512() -> bool:
     """Whether this machine multiplies 512 bits at once."""
-    return CPU_DESCRIPTION.is_file() and "avx512f" in CPU_DESCRIPTION.read_text()
+    return "avx512f" in _cpu_description()
+
+
+def _cpu_description() -> str:
+    """What the system says of its processors; empty where it says nothing."""
+    return CPU_DESCRIPTION.read_text() if CPU_DESCRIPTION.is_file() else ""
 
 
 class _OneDnnMode(TorchFunctionMode):
