@@ -33,7 +33,7 @@ from secateur.studies.agreement import per_layer
 from secateur.studies.candidates import Candidates
 from secateur.studies.fitting import Fitting
 from secateur.studies.generalise import GeneraliseSettings, generalise, notes
-from secateur.studies.judging import Judging
+from secateur.studies.judging import Judging, with_holm
 from secateur.studies.parts import Parts
 from secateur.studies.reach import FOREIGN_TEXT, Cell
 from secateur.studies.record import Recorder
@@ -94,6 +94,7 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
         "overlap.csv",
         "plans",
         "report.html",
+        "summary.csv",
         "within.csv",
     }
     assert {path.name for path in output.iterdir()} == files
@@ -104,11 +105,15 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
     assert chosen
     pairs = {(cell["source"], cell["target"]): cell["relation"] for cell in result["cells"]}
     names = ("one", "two", "three", "four")
-    expected = {(source, target) for source in names for target in names if source in chosen}
-    expected |= {(f"all but {name}", name) for name in names if f"all but {name}" in chosen}
-    expected |= {("all thing-en", name) for name in names[:3] if "all thing-en" in chosen}
+    expected = {(source, target) for source in names for target in names}  # with a repair or without
+    expected |= {(f"all but {name}", name) for name in names[:3]} | {("all thing-en", name) for name in names[:3]}
     expected |= {("random masks", name) for name in names}  # also where a use has no repair of its own
     assert set(pairs) == expected
+    for cell in result["cells"]:
+        assert cell["repaired"] == (cell["relation"] == "random" or cell["source"] in chosen)
+        if not cell["repaired"]:
+            assert (cell["faults"], cell["reduction"]["value"]) == (["no repair found"], 0)
+            assert (cell["after"], cell["p_holm"]) == (cell["before"], 1)
     for (source, target), how in pairs.items():
         if source in names and target in names:
             assert how == ("own" if source == target else "attributes" if "four" in (source, target) else "across")
@@ -131,7 +136,7 @@ def test_every_pair_is_judged_and_written(tmp_path: Path, output: Path, call: Co
     biased = sum(cell["p_before"] < 0.05 for cell in result["cells"] if cell["relation"] != "random")
     assert sum(row["biased"] for row in result["summary"] if row["relation"] != "random") == biased
     assert biased == 0
-    assert result["verdict"].startswith("In none of 8 pairs of a repair and a use could a bias be told from chance ")
+    assert result["verdict"].startswith("In none of 16 pairs of a fitted and a judged use could a bias ")
     assert result["verdict"].endswith("More markers to judge by may show more.")
     check_tables(output, result)
     assert "mean 0." in outcome.out  # the overlap
@@ -312,7 +317,8 @@ def test_answers_that_are_not_finite_at_home_leave_one_repair_out(
     assert [fit["status"] for fit in result["fits"]] == ["not finite on test", "chosen"]
     assert result["fits"][0]["neurons"] + result["fits"][0]["heads"] > 0
     assert any("under the repair for one, answers on its own test part" in note for note in result["notes"])
-    assert {cell["source"] for cell in result["cells"]} == {"two", "random masks"}
+    unrepaired = {cell["source"] for cell in result["cells"] if not cell["repaired"]}
+    assert (unrepaired, {cell["source"] for cell in result["cells"]}) == ({"one"}, {"one", "two", "random masks"})
     assert not (output / "plans" / "attribution" / "one").exists()
 
 
@@ -484,6 +490,7 @@ def test_relations() -> None:
     assert differences(suite, suite) == ()
     assert differences(suite, load_suite("lending-gender")) == ("attribute", "domain")
     assert differences(suite, load_suite("hiring-race-es")) == ("language",)
+    assert differences(load_suite("hiring-gender"), load_suite("religion")) == ("attribute",)  # of no one domain
 
 
 def test_joined_suites_are_no_larger_than_one() -> None:
@@ -587,7 +594,17 @@ def use(number: int, before: float, own: Table | None, shared: list[Table | None
     """A use with markers of its own; what was fitted on all others does as shared masks do."""
     asked = table(before, number)
     markers = tuple(f"{number}: {marker}" for marker in range(len(asked.groups)))
-    return Use(f"use {number}", markers, asked, own, shared, together, shared[0] if together else None)
+    return Use(
+        name=f"use {number}",
+        markers=markers,
+        before=asked,
+        p_before=0.001 if before else 0.5,
+        own=own,
+        shared=shared,
+        random=[asked],
+        together=together,
+        left_out=shared[0] if together else None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -624,6 +641,29 @@ def test_a_repair_per_use_is_only_advised_where_own_repairs_help() -> None:
     assert advice.difference is not None
     assert advice.difference.low > 0
     assert advice.choice == "not decided"
+
+
+@pytest.mark.parametrize("shared", [0.3, 2.0])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"random": []}, "no random masks were judged"),
+        ({"foreign_text": True}, "for text in another language alone"),
+        ({"random": [table(2.0, 9), table(0.05, 9)]}, "random masks of their size do as well"),
+    ],
+)
+def test_repairs_that_random_masks_or_another_text_leave_open_are_not_advised(
+    shared: float, changes: dict[str, Any], words: str
+) -> None:
+    uses = [use(n, 2.0, table(0.3, n), [table(shared, n)]) for n in range(5)]
+    assert advise("attribution", "x", uses).choice in ("one repair per use", "repairs can be shared")
+    advice = advise("attribution", "x", [replace(one, **changes) for one in uses])
+    assert advice.choice == "not decided"
+    assert words in advice.explanation
+    if len(changes.get("random", ())) == 2:  # the best of the draws
+        assert advice.most_random is not None
+        assert advice.most_random > 0.9
+        assert f"Random masks of their size lower it by at most {advice.most_random:.0%}" in advice.explanation
 
 
 def test_a_repair_that_is_not_there_leaves_a_use_as_it_is_wherever_it_comes_from() -> None:
@@ -691,7 +731,7 @@ def test_scenarios_are_drawn_for_every_use_by_itself() -> None:
     noise = rng.normal(size=(6, 400))
     before, after = (Table(noise + size * gaps**power * (groups == 0), groups) for size, power in ((1, 1), (0.3, 2)))
     markers = tuple(map(str, range(400)))
-    uses = [Use(f"use {number}", markers, before, after, [after]) for number in range(4)]
+    uses = [Use(f"use {number}", markers, before, 0.001, after, [after], [before]) for number in range(4)]
     one, four = (advise("attribution", "x", uses[:count]).own for count in (1, 4))
     assert one is not None
     assert four is not None
@@ -716,6 +756,8 @@ def cell(**changes: Any) -> Cell:
         after=Interval(0.4, 0.1, 0.7),
         reduction=Interval(0.6, 0.3, 0.9),
         change=Interval(-0.6, -0.9, -0.3),
+        mean_abs_smd=(1.1, 0.5),
+        mean_abs_gap=(0.8, 0.4),
         largest_random=0.1,
         p_holm=0.01,
     )
@@ -736,6 +778,7 @@ def cell(**changes: Any) -> Cell:
          ["did not fall"]),
         ({"over_limit": True, "largest_random": None}, ["no random masks judged", "over the limit"]),
         ({"foreign_text": True}, ["perplexity is of a text in another language"]),
+        ({"repaired": False, "largest_random": None}, ["no repair found"]),
     ],
 )  # fmt: skip
 def test_what_keeps_a_cell_from_being_proven(changes: dict[str, Any], faults: list[str]) -> None:
@@ -762,6 +805,27 @@ def test_cells_of_spanish_repairs_say_what_text_was_read(tmp_path: Path) -> None
     faults = {(cell.source, cell.target): FOREIGN_TEXT in cell.faults for cell in result.cells}
     assert len(faults) >= 2
     assert all(said == ("two" in pair) for pair, said in faults.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "rose"),
+    [({}, True), ({"p_before": 0.5}, True), ({"p_holm": 0.06}, False), ({"relation": "random"}, False),
+     ({"change": Interval(0.6, -0.1, 0.9)}, False)],
+)  # fmt: skip
+def test_a_bias_that_rose_is_named(changes: dict[str, Any], rose: bool) -> None:
+    risen = cell(change=Interval(0.6, 0.3, 0.9), reduction=Interval(-0.6, -0.9, -0.3))
+    assert replace(risen, **changes).rose == rose
+    assert not cell().rose
+
+
+def test_p_values_are_corrected_within_a_question() -> None:
+    """Seven pairs in other domains, one that differs in more, and those of another method: three families."""
+    kinds: list[dict[str, Any]] = [{}] * 7
+    kinds += [{"differs": ("attribute", "domain")}, {"method": "gates"}, {"method": "gates"}]
+    aside = [cell(relation="random", p_holm=1.0), cell(repaired=False, p_holm=1.0)]
+    found = with_holm([*(cell(**kind) for kind in kinds), *aside])
+    p = p_value(cell().change)
+    assert [one.p_holm for one in found] == pytest.approx([*[7 * p] * 7, p, 2 * p, 2 * p, 1.0, 1.0])
 
 
 def test_a_reduction_as_a_change() -> None:
@@ -804,6 +868,7 @@ def test_a_summary_counts_pairs_and_takes_all_of_them_as_one_suite() -> None:
     squares = squares_of(cells)
     across, attributes = summarise("attribution", cells, squares, {})
     assert (across.pairs, across.set_aside, across.biased, across.proven) == (4, 0, 3, 1)
+    assert (across.without_repair, across.rose) == (0, 0)
     counted = [squares[one.source, one.target] for one in cells[:4]]
     before, after = np.sqrt(np.maximum(0, sum(one.value for one in counted) / 4))
     drawn = np.sqrt(np.maximum(0, sum(one.replicates for one in counted) / 4))
@@ -835,18 +900,25 @@ def test_the_verdict_says_where_repairs_help() -> None:
     home = [*pairs("own", 2, 3, differs=()), *pairs("own", 1, 2, "gates", differs=())]
     away = [*pairs("across", 0, 3), *pairs("across", 1, 2, "gates"), *pairs("joint", 0, 0)]
     said = (
-        "Of 10 pairs of a repair and a use with a bias, repairs are proven to lower it at home in 3 of 5, "
+        "Of 10 pairs of a fitted and a judged use with a bias, repairs are proven to lower it at home in 3 of 5, "
         "in other domains in 1 of 5."
     )
     assert summed_up(*home, *away) == f"{said} The most carried over: gates (1 of 2)."
     assert summed_up(*pairs("across", 0, 1)).endswith(
         "in 0 of 1. None is proven to carry over to a use that it was not fitted on."
     )
-    assert summed_up(*pairs("own", 0, 0)).startswith("In none of one pair of a repair and a use could a bias be told")
+    assert summed_up(*pairs("own", 0, 0)).startswith("In none of one pair of a fitted and a judged use could a")
     alone = pairs("own", 0, 1)
     rows = summarise("attribution", alone, squares_of(alone), {})
     assert "without random masks to compare with nothing is proven" in verdict_of(rows, compared=False)
     assert verdict_of([], compared=True) == "No repair was found that could be judged."
+    risen = {"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3)}
+    away = [*pairs("across", 1, 2), cell(target="3", **risen), cell(target="4", repaired=False)]
+    assert summed_up(*away) == (
+        "Of 4 pairs of a fitted and a judged use with a bias, repairs are proven to lower it in other domains in 1 of "
+        "4. For 1 of all 5 pairs no repair was found. In 1 of all 5 pairs the bias is shown to have risen."
+    )
+    assert summed_up(cell(repaired=False)) == "No repair was found that could be judged."
 
 
 @pytest.mark.usefixtures("chosen_anyway")

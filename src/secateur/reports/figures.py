@@ -329,19 +329,20 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
         textfont=CELL_TEXT,
         customdata=[
             [
-                [""] * 3
+                [""] * 4
                 if cell is None
                 else [
                     f"B {cell.before.value:.2f} to {cell.after.value:.2f}",
                     f"{cell.change_percent.low:+.0f} to {cell.change_percent.high:+.0f} %",
                     ", ".join(cell.differs) or cell.relation,
+                    "" if cell.relation == "random" else "proven" if cell.proven else "; ".join(cell.faults),
                 ]
                 for cell in row
             ]
             for row in grid
         ],
         hovertemplate="fitted on %{y}<br>judged on %{x} (%{customdata[2]})<br>%{customdata[0]}, %{z:+.0f} % "
-        "[%{customdata[1]}]<extra></extra>",
+        "[%{customdata[1]}]<br>%{customdata[3]}<extra></extra>",
         hoverongaps=False,
         xgap=2,
         ygap=2,
@@ -352,7 +353,10 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
 
 
 def _cell_label(cell: Cell) -> str:
-    number = f"{round(cell.change_percent.value):+d}"
+    """The change in percent; a star where the fall is proven, a triangle where the bias is shown to have risen."""
+    if not cell.repaired:
+        return "none"
+    number = f"{round(cell.change_percent.value):+d}" + ("▲" if cell.rose else "")
     return f"<b>{number}*</b>" if cell.proven else number if cell.bias_shown else f"<i>({number})</i>"
 
 

@@ -297,7 +297,7 @@ def _summary_table(result: GeneraliseResult) -> Table:
     table = Table(title="Over pairs that differ in one thing (+ in more)", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
     table.add_column("where")
-    for name in ("pairs", "with a bias", "proven", "B before", "change, %", "median perplexity, %"):
+    for name in ("pairs", "no repair", "with a bias", "proven", "rose", "B before", "change, %", "perplexity, %"):
         table.add_column(name, justify="right")
     for row in result.summary:
         cost, pooled = row.perplexity_increase, row.pooled
@@ -306,8 +306,9 @@ def _summary_table(result: GeneraliseResult) -> Table:
             escape(row.method),
             row.place,
             f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
+            "" if row.relation == "random" else str(row.without_repair),
             str(row.biased),
-            "" if row.relation == "random" else str(row.proven),
+            *("" if row.relation == "random" else str(count) for count in (row.proven, row.rose)),
             "" if pooled is None else f"{pooled.before.value:.2f}",
             "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]"),
             "" if cost is None else f"{100 * cost:+.2f}",
@@ -330,7 +331,9 @@ def _matrix_table(result: GeneraliseResult, name: str) -> Table:
 
 def _cell_text(cell: Cell) -> str:
     """The change in percent; in bold with a star where it is proven, in brackets where no bias was shown before."""
-    text = f"{round(-100 * cell.reduction.value):+d}"
+    if not cell.repaired:
+        return "[dim]none[/]"
+    text = f"{round(-100 * cell.reduction.value):+d}" + ("▲" if cell.rose else "")
     return f"[bold]{text}*[/]" if cell.proven else text if cell.bias_shown else f"[dim]({text})[/]"
 
 
@@ -338,8 +341,9 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     """The lines under the tables."""
     lines = [
         result.verdict,
-        "* proven after Holm's correction for all cells, by more than under random masks, within the utility limit; "
-        "in brackets: no bias could be told from chance before. Intervals and reasons are in the report.",
+        "* proven after Holm's correction, by more than under random masks, within the utility limit; ▲ shown to have "
+        "risen; none: no repair found; in brackets: no bias could be told from chance before. Intervals and reasons "
+        "are in the report.",
     ]
     for fit in result.fits:
         if fit.status != "chosen":

@@ -7,19 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.measures.disparity import (
-    SIGNIFICANT,
-    Interval,
-    Table,
-    reduction_replicates,
-    suite_bias,
-    suite_p_value,
-)
+from secateur.measures.disparity import SIGNIFICANT, Interval, Table, reduction_replicates, suite_bias
 from secateur.measures.disparity import reduction as reduction_of
 
 Choice = Literal["one repair per use", "one repair for all", "repairs can be shared", "leave as it is", "not decided"]
 # A shared repair that loses less than this to the use's own is worth its simplicity.
 MARGIN = 0.1
+SHARED: tuple[Choice, ...] = ("one repair for all", "repairs can be shared")
 
 
 @dataclass(frozen=True)
@@ -30,9 +24,12 @@ class Use:
     ----------
     markers: names of the tables' markers with their groups, so that uses which share some are resampled alike.
     before: y on the test part without a mask.
+    p_before: permutation p-value of the bias there, corrected for all suites of the study.
     own: under the mask that was fitted on the use; None where none may be used, and the use stays as it is.
     shared: under the one mask that was fitted on all uses together, or else under the masks that were fitted on each
         other use; None likewise, empty where none was asked for.
+    random: under random masks of the size of the largest repair; empty where none were judged.
+    foreign_text: whether what a repair costs is known for text in another language alone.
     together: where the plan of the one mask for all lies; empty where shared is not that one.
     left_out: under the mask that was fitted on all other uses together, if there is one for all.
     """
@@ -40,8 +37,11 @@ class Use:
     name: str
     markers: tuple[str, ...]
     before: Table
+    p_before: float
     own: Table | None
     shared: list[Table | None]
+    random: list[Table]
+    foreign_text: bool = False
     together: str = ""
     left_out: Table | None = None
 
@@ -56,6 +56,8 @@ class Advice:
     own, shared: mean reduction over the uses by their own masks and by shared ones: the one for all, or those fitted
         elsewhere.
     difference: own minus shared.
+    most_random: the largest mean reduction by random masks; a repair that does no better is never advised. None where
+        none were judged.
     unseen: mean reduction by masks that were fitted on all other uses together, which stands for a use not yet seen;
         None where there is no one for all.
     uses: names of the uses with a bias to repair, that the means are over. They are found on the test part.
@@ -69,6 +71,7 @@ class Advice:
     own: Interval | None = None
     shared: Interval | None = None
     difference: Interval | None = None
+    most_random: float | None = None
     unseen: Interval | None = None
     uses: tuple[str, ...] = ()
     plan: str = ""
@@ -81,7 +84,7 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
     Where there is no mask, own or shared, the use is left as it is: a reduction of 0. Markers are resampled once for
     all uses, which share many of them, and scenarios for every use by itself.
     """
-    biased = [use for use in uses if suite_p_value(use.before, seed) < SIGNIFICANT]
+    biased = [use for use in uses if use.p_before < SIGNIFICANT]
     if not biased:
         return Advice(method, family, "leave as it is", _nothing_shown(len(uses)))
     judged = [use for use in biased if use.shared]
@@ -101,12 +104,17 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
     plans = {use.together for use in judged}
     plan = plans.pop() if len(plans) == 1 else ""
     choice, reason = _choose(own, shared, difference, bool(plan))
+    most_random = _most_random(judged, seed)
+    if choice in ("one repair per use", *SHARED):
+        doubt = _doubt(own if choice == "one repair per use" else shared, most_random, judged[0].foreign_text)
+        choice, reason = ("not decided", doubt) if doubt else (choice, reason)
     where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
         f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)} on average, "
         f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_percent(shared)}; the difference is "
-        f"{_percent(difference)}."
-    )
+        f"{_percent(difference)}. "
+        + ("" if most_random is None else f"Random masks of their size lower it by at most {most_random:.0%}.")
+    ).strip()
     more = _of_one_for_all(plan, choice, unseen) if plan else _what_is_shared(method, judged)
     return Advice(
         method=method,
@@ -116,6 +124,7 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
         own=own,
         shared=shared,
         difference=difference,
+        most_random=most_random,
         unseen=unseen if plan else None,
         uses=tuple(use.name for use in judged),
         plan=f"plans/{plan}" if choice == "one repair for all" else "",
@@ -143,6 +152,17 @@ def _choose(own: Interval, shared: Interval, difference: Interval, one_for_all: 
             return "one repair for all", "One repair for all loses little."
         return "repairs can be shared", "Repairs carry over: one that was fitted on other uses loses little."
     return "not decided", "The figures do not decide; a repair for every use is the safer choice, once it is proven."
+
+
+def _doubt(reduction: Interval, most_random: float | None, foreign_text: bool) -> str:
+    """What keeps repairs that lower the bias from being advised; empty for nothing."""
+    if foreign_text:
+        return "Repairs lower the bias, but what they cost is known for text in another language alone."
+    if most_random is None:
+        return "Repairs lower the bias, but no random masks were judged, which may do as well."
+    if reduction.value <= most_random:
+        return "Repairs lower the bias, but random masks of their size do as well."
+    return ""
 
 
 def _of_one_for_all(plan: str, choice: Choice, unseen: Interval) -> str:
@@ -173,6 +193,18 @@ def _reductions(use: Use, seed: int) -> np.ndarray:
     before = suite_bias(use.before, seed).corrected
     after = [suite_bias(table, seed).corrected for table in _tables(use)]
     return _by_origin(reduction_of(before, np.array(after)))
+
+
+def _most_random(uses: list[Use], seed: int) -> float | None:
+    """The largest mean reduction by random masks, draw by draw; None without any."""
+    draws = min(len(use.random) for use in uses)
+    if not draws:
+        return None
+    by_use = []
+    for use in uses:
+        left = [suite_bias(table, seed).corrected for table in use.random[:draws]]
+        by_use.append(np.clip(reduction_of(suite_bias(use.before, seed).corrected, np.array(left)), -1, 1))
+    return float(np.mean(by_use, axis=0).max())
 
 
 def _replicates(use: Use, seed: int) -> np.ndarray:

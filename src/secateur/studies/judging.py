@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,21 @@ class Judging:
         return self.fitted.settings.seed
 
     def judge(self, name: str) -> list[Cell]:
-        """Every mask of a method on every target that the modes are about, and random masks beside them."""
+        """Every mask of a method on every target that the modes are about, and random masks beside them.
+
+        Where there is no mask, all stays as it is: left out, a method that hardly ever finds one would look its best.
+        """
         cells = []
         for target in self.fitted.suites:
             judged = self._judged(name, target)
-            masks = [self.fitted.masks[name, source] for source, _ in judged]
-            measured = self._measured(name, target, masks + self._random_masks(masks))
+            found = {source: self.fitted.masks.get((name, source)) for source, _ in judged}
+            masks = {source: mask for source, mask in found.items() if mask is not None}
+            measured = self._measured(name, target, [*masks.values(), *self._random_masks([*masks.values()])])
             random = [after for after in measured[len(masks) :] if after is not None]
             self.random[name, target.name] = random
-            for (source, how), after in zip(judged, measured, strict=False):
+            under = dict(zip(masks, measured, strict=False))
+            for source, how in judged:
+                after = under.get(source, self._before(target))
                 if after is None:
                     self.notes.append(
                         f"{name}: under the repair for {source}, answers to {target.name} are not finite."
@@ -77,11 +84,9 @@ class Judging:
         return cells
 
     def _judged(self, name: str, target: Suite) -> list[tuple[str, Relation]]:
-        """The sources with a repair whose effect on a target can be judged; named are those that have seen too much."""
+        """The sources whose effect on a target can be judged; named are those that have seen too much of it."""
         judged = []
         for source, how in self._sources(target):
-            if (name, source) not in self.fitted.masks:
-                continue
             if self._enough(target, *self._unseen(source, target)):
                 judged.append((source, how))
             else:
@@ -101,6 +106,8 @@ class Judging:
 
     def _measured(self, name: str, target: Suite, masks: list[AnyMask]) -> list[Table | None]:
         """y on the test part of a target under masks; None where it is not finite."""
+        if not masks:
+            return []
         test = self.fitted.parts[target.name].test
         with self.fitted.recorder.step(
             f"{name} on {target.name}: {len(masks)} masks", len(masks) * test.work()
@@ -123,8 +130,8 @@ class Judging:
         """One cell; random masks are compared on what it is judged on, too."""
         rows, keep = self._unseen(source, target)
         fit = self.fitted.fits[name, source]
-        before = _cut(self._before(target), rows, keep)
-        found = compare(before, _cut(self.after[name, source, target.name], rows, keep), self._seed)
+        before, after = (_cut(one, rows, keep) for one in (self._before(target), self.after[name, source, target.name]))
+        found, raw = compare(before, after, self._seed), [suite_bias(one, self._seed) for one in (before, after)]
         home = next((suite for suite in self.fitted.suites if suite.name == source), None)
         return Cell(
             method=name,
@@ -134,11 +141,14 @@ class Judging:
             differs=() if home is None else differences(home, target),
             markers=int(keep.sum()),
             scenarios=len(rows),
-            p_before=suite_p_value(before, self._seed),
+            p_before=self._p_before[target.name],
             before=found.before,
             after=found.after,
             reduction=found.reduction,
             change=found.change,
+            mean_abs_smd=(raw[0].mean_abs_smd, raw[1].mean_abs_smd),
+            mean_abs_gap=(raw[0].mean_abs_gap, raw[1].mean_abs_gap),
+            repaired=(name, source) in self.fitted.masks,
             perplexity_increase=fit.perplexity_increase,
             over_limit=fit.over_limit,
             foreign_text=self._foreign_text(home or target, target),
@@ -159,6 +169,7 @@ class Judging:
         """Mean over random masks on the whole test part, with the smallest and the largest in place of an interval."""
         before = self._before(target)
         found = [compare(before, table, self._seed) for table in tables]
+        raw = [suite_bias(table, self._seed) for table in (before, *tables)]
 
         def spread(values: list[float]) -> Interval:
             return Interval(float(np.mean(values)), min(values), max(values))
@@ -171,12 +182,20 @@ class Judging:
             differs=(),
             markers=len(before.groups),
             scenarios=len(before.y),
-            p_before=suite_p_value(before, self._seed),
+            p_before=self._p_before[target.name],
             before=found[0].before,
             after=spread([one.after.value for one in found]),
             reduction=spread([one.reduction.value for one in found]),
             change=spread([one.change.value for one in found]),
+            mean_abs_smd=(raw[0].mean_abs_smd, float(np.mean([one.mean_abs_smd for one in raw[1:]]))),
+            mean_abs_gap=(raw[0].mean_abs_gap, float(np.mean([one.mean_abs_gap for one in raw[1:]]))),
         )
+
+    @cached_property
+    def _p_before(self) -> dict[str, float]:
+        """Of the bias on the test part of every suite, corrected for all of them."""
+        found = [suite_p_value(self._before(suite), self._seed) for suite in self.fitted.suites]
+        return dict(zip([suite.name for suite in self.fitted.suites], holm(np.array(found)).tolist(), strict=True))
 
     def _before(self, target: Suite) -> Table:
         return self.fitted.parts[target.name].test.evaluate().table
@@ -274,8 +293,11 @@ class Judging:
             name=target.name,
             markers=self._marker_names(target, keep),
             before=_cut(self._before(target), rows, keep),
+            p_before=self._p_before[target.name],
             own=under(target.name),
             shared=[under(source) for source in shared],
+            random=[_cut(after, rows, keep) for after in self.random[name, target.name]],
+            foreign_text=self._foreign_text(target, target),
             together=self.fitted.fits[name, together[0]].name if together else "",
             left_out=under(left_out[0]) if left_out else None,
         )
@@ -300,10 +322,16 @@ def _share(mask: AnyMask) -> float:
 
 
 def with_holm(cells: list[Cell]) -> list[Cell]:
-    """Cells with p-values corrected for all of them; random masks are no tests."""
-    tested = [number for number, cell in enumerate(cells) if cell.relation != "random"]
-    adjusted = holm(np.array([p_value(cells[number].change) for number in tested]))
-    corrected = list(cells)
-    for number, p in zip(tested, adjusted, strict=True):
-        corrected[number] = replace(cells[number], p_holm=float(p))
+    """Cells with p-values corrected within each of the questions that are asked: one method, one thing that differs.
+
+    Random masks and uses that stay as they are are no tests.
+    """
+    families, corrected = dict[tuple[Any, ...], list[int]](), list(cells)
+    for number, cell in enumerate(cells):
+        if cell.repaired and cell.relation != "random":
+            families.setdefault((cell.method, cell.relation, cell.differs_in_one), []).append(number)
+    for tested in families.values():
+        adjusted = holm(np.array([p_value(cells[number].change) for number in tested]))
+        for number, p in zip(tested, adjusted.tolist(), strict=True):
+            corrected[number] = replace(cells[number], p_holm=p)
     return corrected

@@ -18,7 +18,7 @@ from secateur.studies.relations import Relation
 from secateur.studies.verdict import faults_of
 from secateur.suites import Suite
 
-GENERALISE_FORMAT = "secateur-generalise-3"
+GENERALISE_FORMAT = "secateur-generalise-4"
 PLACES: dict[Relation, str] = {
     "own": "at home",
     "across": "in other domains",
@@ -30,6 +30,7 @@ PLACES: dict[Relation, str] = {
 }
 BIASES = ("before", "after", "reduction", "change")
 FOREIGN_TEXT = "perplexity is of a text in another language"
+NO_REPAIR = "no repair found"
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,19 @@ class Cell:
     differs: what the target differs in from the source, of language, attribute and domain.
     markers: of the target, without those that the source has fitted or chosen by. scenarios: likewise, without those
         whose wordings it has.
-    p_before: permutation p-value of the bias before.
+    p_before: permutation p-value of the bias before, on the whole test part of the target, corrected for all suites of
+        the study (Holm).
     before, after, reduction, change: of B. Of random masks, the last three are the mean with the smallest and the
         largest draw.
+    mean_abs_smd, mean_abs_gap: mean |SMD| and mean |gap| before and after, both raw: a repair that only widens the
+        spread within groups lowers B and leaves the gap.
+    repaired: whether there is a mask at all; without one, all stays as it is.
     perplexity_increase: under the mask, on the test part of the text; None for random masks.
     over_limit: whether that breaks the utility limit.
     foreign_text: whether source or target are in another language than the text, so that the limit says nothing of it.
     largest_random: the largest reduction by random masks on the same scenarios and markers; None where none were
         judged, and nothing is proven.
-    p_holm: of no change, corrected for all cells.
+    p_holm: of no change, corrected for all cells that one row of the summary counts.
     """
 
     method: str
@@ -115,6 +120,9 @@ class Cell:
     after: Interval
     reduction: Interval
     change: Interval
+    mean_abs_smd: tuple[float, float]
+    mean_abs_gap: tuple[float, float]
+    repaired: bool = True
     perplexity_increase: Interval | None = None
     over_limit: bool = False
     foreign_text: bool = False
@@ -144,6 +152,8 @@ class Cell:
     @property
     def faults(self) -> list[str]:
         """What keeps a repair from being proven, in words."""
+        if not self.repaired:
+            return [NO_REPAIR]
         found = faults_of(self.p_before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
         return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
@@ -153,11 +163,16 @@ class Cell:
         perplexity kept to the limit, on a text of its language."""
         return self.relation != "random" and not self.faults
 
+    @property
+    def rose(self) -> bool:
+        """Whether the bias can be told from chance to have risen, all cells taken into account."""
+        return self.relation != "random" and self.change.low > 0 and self.p_holm < SIGNIFICANT
+
     def as_dict(self) -> dict[str, Any]:
         """One entry of ``cells`` in ``generalise.json``."""
         faults = [] if self.relation == "random" else self.faults
         told = {"change_percent": self.change_percent.as_dict(), "interval": self.interval}
-        return {**asdict(self), **told, "proven": self.proven, "faults": faults}
+        return {**asdict(self), **told, "proven": self.proven, "rose": self.rose, "faults": faults}
 
 
 @dataclass(frozen=True)
@@ -166,9 +181,10 @@ class Summary:
 
     Attributes
     ----------
-    pairs: that were judged and differ in one thing at most. set_aside: judged, but they differ in more.
-    biased: pairs with a bias before the repair that can be told from chance on what they are judged on.
-    proven: of these, how many are.
+    pairs: that differ in one thing at most. set_aside: those that differ in more.
+    without_repair: pairs for whose source no repair was found, so that the use stays as it is.
+    biased: pairs with a bias before that can be told from chance on the target's test part.
+    proven: of these, how many are. rose: pairs in which the bias can be told from chance to have risen.
     pooled: B before and after over all of these pairs, biased or not, as over one large suite; None without any.
     interval: what its ends are: "95 %" bootstrap over markers, drawn alike in all suites, and scenarios, drawn in each
         by itself, for these pairs and masks; of random masks the smallest and the largest draw.
@@ -179,8 +195,10 @@ class Summary:
     relation: Relation
     pairs: int
     set_aside: int
+    without_repair: int
     biased: int
     proven: int
+    rose: int
     pooled: Comparison | None
     interval: str
     perplexity_increase: float | None
@@ -282,24 +300,40 @@ class GeneraliseResult:
 
     def tables(self) -> dict[str, str]:
         """Comma-separated values by the name of their file: the cells, and what else there is."""
-        others = {"overlap.csv": self._overlap_rows(), "within.csv": self._within_rows()}
+        others = {
+            "summary.csv": self._summary_rows(),
+            "overlap.csv": self._overlap_rows(),
+            "within.csv": self._within_rows(),
+        }
         return {"generalise.csv": self.csv(), **{name: _csv(rows) for name, rows in others.items() if rows}}
 
     def csv(self) -> str:
         """The cells as comma-separated values, one line each."""
         text = io.StringIO()
         intervals = ("before", "after", "reduction", "change", "change_percent", "perplexity_increase")
-        columns = ["method", "source", "target", "relation", "differs", "markers", "scenarios"]
+        columns = ["method", "source", "target", "relation", "differs", "markers", "scenarios", "p_before"]
         columns += [f"{name}_{end}" for name in intervals for end in ("value", "low", "high")]
+        columns += [f"{name}_{when}" for name in ("mean_abs_smd", "mean_abs_gap") for when in ("before", "after")]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*columns, "interval", "over_limit", "random_reduction", "p_holm", "proven", "faults"])
+        writer.writerow([*columns, "interval", "over_limit", "random_reduction", "p_holm", "proven", "rose", "faults"])
         for cell in self.cells:
             told = cell.as_dict()
             figures = [getattr(getattr(cell, name), end, "") for name in intervals for end in ("value", "low", "high")]
             head = (cell.method, cell.source, cell.target, cell.relation, " ".join(cell.differs))
-            tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, cell.proven)
-            writer.writerow([*head, cell.markers, cell.scenarios, *figures, *tail, "; ".join(told["faults"])])
+            raw = (*cell.mean_abs_smd, *cell.mean_abs_gap)
+            tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, cell.proven, cell.rose)
+            writer.writerow(
+                [*head, cell.markers, cell.scenarios, cell.p_before, *figures, *raw, *tail, "; ".join(told["faults"])]
+            )
         return text.getvalue()
+
+    def _summary_rows(self) -> list[dict[str, Any]]:
+        """The summary, one line each."""
+        rows = []
+        for one in self.summary:
+            figures = {key: value for key, value in asdict(one).items() if key != "pooled"}
+            rows.append({**figures, **_ends({name: getattr(one.pooled, name, None) for name in BIASES})})
+        return rows
 
     def _overlap_rows(self) -> list[dict[str, Any]]:
         """Two repairs a line: over all layers, and in every layer where one of them removes something."""

@@ -16,6 +16,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 PAIRED: tuple[Mode, ...] = ("across", "attributes", "languages")
 Relation = Literal["own", "across", "attributes", "languages", "joint", "together", "random"]
 SUITES_TO_JOIN = 3
+DIFFERENCES = ("language", "attribute", "domain")
+# Of suites that ask about many things: they cannot be told apart by domain.
+NO_DOMAIN = ("", "mixed")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def relation(source: Suite, target: Suite) -> Relation:
 
 
 def differences(source: Suite, target: Suite) -> tuple[str, ...]:
-    """All that a target differs in from a source."""
-    return tuple(name for name in ("language", "attribute", "domain") if getattr(source, name) != getattr(target, name))
+    """All that a target differs in from a source; a suite of no one domain differs from none in that."""
+    names = ("language", "attribute") if {source.domain, target.domain} & {*NO_DOMAIN} else DIFFERENCES
+    return tuple(name for name in names if getattr(source, name) != getattr(target, name))
 
 
 def family_of(suite: Suite) -> str:

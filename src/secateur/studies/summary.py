@@ -53,8 +53,10 @@ def summarise(
                 relation=how,
                 pairs=len(counted),
                 set_aside=len(judged) - len(counted),
+                without_repair=sum(not cell.repaired for cell in counted),
                 biased=sum(cell.bias_shown for cell in counted),
                 proven=sum(cell.proven for cell in counted),
+                rose=sum(cell.rose for cell in counted),
                 pooled=pooled,
                 interval=judged[0].interval,
                 perplexity_increase=float(np.median([*costs.values()])) if costs else None,
@@ -101,8 +103,10 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
     compared: whether random masks were judged, without which nothing is proven.
     """
     rows = [row for row in summaries if row.relation != "random"]
-    pairs, biased = (sum(getattr(row, name) for row in rows) for name in ("pairs", "biased"))
-    if not pairs:
+    pairs, without, biased, rose = (
+        sum(getattr(row, name) for row in rows) for name in ("pairs", "without_repair", "biased", "rose")
+    )
+    if pairs == without:
         return "No repair was found that could be judged."
     if not biased:
         return (
@@ -120,11 +124,13 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
         if any(row.biased for row in each):
             found.append(f"{place} in {sum(row.proven for row in each)} of {sum(row.biased for row in each)}")
     said = f"Of {_counted(biased)} with a bias, repairs are proven to lower it {', '.join(found)}."
-    return f"{said} {_most_carried_over(rows)}".strip()
+    missing = f"For {without} of all {pairs} pairs no repair was found." if without else ""
+    worse = f"In {rose} of all {pairs} pairs the bias is shown to have risen." if rose else ""
+    return " ".join(filter(None, (said, missing, worse, _most_carried_over(rows))))
 
 
 def _counted(pairs: int) -> str:
-    return "one pair of a repair and a use" if pairs == 1 else f"{pairs} pairs of a repair and a use"
+    return "one pair of a fitted and a judged use" if pairs == 1 else f"{pairs} pairs of a fitted and a judged use"
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:
