@@ -13,7 +13,10 @@ What is taken is decided on select: for every price from none to the worst that 
 there among those whose perplexity there rises by no more, or none where none lowers the bias. What it is worth is told
 by test: the bias that it takes away there, in full where its perplexity there keeps to the price; where it rises by
 more, the share price / increase counts, as if the mask served so many of the requests that the price is kept on
-average. The hypervolume is what is taken away over all prices, as a share of the unpruned model's bias.
+average. That is summed over all prices, as a share of the unpruned model's bias ("removed"). Beside it stands the
+standard indicator ("hypervolume"): the share of the rectangle from no bias and no increase to the unpruned model's bias
+and the worst price that the same masks dominate on test, which counts a mask by its test figures alone, as if what it
+costs had been known.
 
 A store lets a run that was stopped go on; tokens and seconds are then those since.
 """
@@ -101,6 +104,14 @@ class Point:
 
 
 def hypervolume(pairs: list[tuple[Point, Point]], before: float, worst: float) -> float:
+    """The share of the rectangle from (0, 0) to (``before``, ``worst``) that the masks dominate on test."""
+    if before <= 0:
+        return float("nan")
+    points = np.array([(test.bias, max(0.0, test.increase)) for _, test in pairs]).reshape(-1, 2)
+    return pareto.dominated_area(points, (before, worst)) / (before * worst)
+
+
+def removed_bias(pairs: list[tuple[Point, Point]], before: float, worst: float) -> float:
     """The share of bias that is taken away, over prices from 0 to ``worst``.
 
     Parameters
@@ -122,6 +133,9 @@ def kept_share(increase: float, low: float, high: float) -> float:
     """The integral over prices from ``low`` to ``high`` of the share of requests that keeps to them, at most 1."""
     paid = min(high, max(low, increase))  # from here on all
     return high - paid + (0.0 if paid == low else (paid**2 - low**2) / (2 * increase))
+
+
+FIGURES = {"removed": removed_bias, "hypervolume": hypervolume}
 
 
 @contextmanager
@@ -299,7 +313,7 @@ def main() -> None:
     budget = Budget(options.evaluations, options.markers, options.windows)
     model = secateur.load(matmul_precision=options.matmul_precision)
     store = None if options.store is None else Store(options.store, model.fingerprint)
-    volumes: dict[str, list[float]] = {name: [] for name in searches}
+    reached = {figure: {name: list[float]() for name in searches} for figure in FIGURES}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         settings = StudySettings(
             seed=seed,
@@ -320,23 +334,26 @@ def main() -> None:
             masks = [problem.mask_of(selection) for selection in find(name, problem, chosen, seed)]
             searched, used = time.perf_counter() - start, model.usage.since(spent)
             pairs = held_out(parts, masks, seed)
-            volumes[name].append(hypervolume(pairs, before, WORST))
+            for figure, value in FIGURES.items():
+                reached[figure][name].append(value(pairs, before, WORST))
+            told_figures = ", ".join(f"{figure} {of[name][-1]:.3f}" for figure, of in reached.items())
             inside = [test for select, test in pairs if select.increase <= settings.max_perplexity_increase]
             best = inside[-1] if inside else None  # along the front the last has the least bias on select
             print(
-                f"  {name:<18} hypervolume {volumes[name][-1]:.3f}  {len(masks):3} proposals, "
+                f"  {name:<18} {told_figures}; {len(masks):3} proposals, "
                 f"{len(pairs):2} on the front; {used.forward:>9,} tokens forward, {used.backward:>7,} backward, "
                 f"{searched:5.0f} s; "
                 f"chosen within the limit: {'-' if best is None else f'B {best.bias:.2f} at {best.increase:+.1%}'}",
                 flush=True,
             )
-    first = next(iter(volumes.values()))
-    for name, found in volumes.items():
-        behind = np.array(first) - np.array(found)
-        print(
-            f"{name:<18} mean {np.mean(found):.3f}, least {min(found):.3f}, most {max(found):.3f}; "
-            f"less than the first by {behind.mean():.3f} on average, {behind.min():.3f} at least"
-        )
+    for figure, of in reached.items():
+        first = next(iter(of.values()))
+        for name, found in of.items():
+            behind = np.array(first) - np.array(found)
+            print(
+                f"{figure:<12} {name:<18} mean {np.mean(found):.3f}, least {min(found):.3f}, most {max(found):.3f}; "
+                f"less than the first by {behind.mean():.3f} on average, {behind.min():.3f} at least"
+            )
     if store is not None:
         store.close()
 

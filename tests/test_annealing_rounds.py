@@ -230,6 +230,17 @@ def test_a_mask_without_finite_answers_loses_a_race(monkeypatch: pytest.MonkeyPa
     assert race.winners(masks, 2, lambda _: [0.0]) == [1, 2]
 
 
+def test_a_race_that_no_mask_finishes_lets_the_first_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = Race.on(fit_of())
+    masks = [Mask.removing(race.first.model, [unit]) for unit in range(3)]
+
+    def evaluate(*_: Any, **__: Any) -> Any:
+        raise NumericalError("not finite")
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    assert race.winners(masks, 2, lambda _: [0.0, 1.0]) == [0, 1]
+
+
 class Elsewhere:
     """In place of actors: measures here, and notes how far the search has been told to be after each mask."""
 

@@ -57,6 +57,9 @@ class Race:
         """
         measured = self.first.evaluate_walking(masks, advance, utility=self.first.text is not None)
         told = {number: energies(found) for number, found in sorted(measured, key=itemgetter(0)) if found is not None}
-        turns = np.array(list(told.values())).reshape(len(told), -1).argsort(axis=0, kind="stable").ravel()
-        order = dict.fromkeys([*np.array(list(told), dtype=int)[turns].tolist(), *range(len(masks))])
+        ranked: list[int] = []
+        if told:
+            turns = np.array(list(told.values())).reshape(len(told), -1).argsort(axis=0, kind="stable").ravel()
+            ranked = np.array(list(told))[turns].tolist()
+        order = dict.fromkeys([*ranked, *range(len(masks))])
         return sorted(list(order)[:count])

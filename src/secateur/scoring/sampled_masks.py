@@ -95,7 +95,8 @@ class SampledMasks(Settings):
     Attributes
     ----------
     evaluations: masks to measure; 280 with the finalists of the search make 300. Ours.
-    least, most: bounds on the number of removed heads; None for ``most`` stands for 5 % of all heads. Ours.
+    least, most: bounds on the number of removed heads; None for ``most`` stands for 5 % of all heads, and for one more
+        than ``least`` at least. Ours.
     markers: of each group in the draw of prompts, from all scenarios. Ours.
     windows: of the neutral text. window_tokens: tokens that are read of each. Ours.
     seed: of the draws and of the networks; that of the study unless it is set.
@@ -123,15 +124,15 @@ class SampledMasks(Settings):
         """
         least, most = self.bounds(model)
         heads = UnitSpace.of(model).n_heads
-        if least > most or most > heads:
+        if least >= most or most > heads:
             raise SettingError(
                 f"no mask of {heads:,} heads removes at least {least:,} and at most {most:,}; set least and most so "
-                f"that least <= most <= {heads:,}."
+                f"that least < most <= {heads:,}: annealing flips one head at a time."
             )
 
     def bounds(self, model: LanguageModel) -> tuple[int, int]:
         """The least and the greatest number of heads that a mask removes."""
-        share = max(self.least, round(LARGEST_SHARE * UnitSpace.of(model).n_heads))
+        share = max(self.least + 1, round(LARGEST_SHARE * UnitSpace.of(model).n_heads))
         return self.least, share if self.most is None else self.most
 
     def work(self, fit: Evaluator) -> int:

@@ -27,7 +27,7 @@ class SurrogateAnnealing(Settings):
         None tries .1, .25, .5 and .75 (ours; the paper's is not at hand).
     chains, steps: parallel chains, and flips in each; one head flips per step. Ours.
     cooling: "logarithmic", T0 / ln(2 + i), as published, or "geometric".
-    acceptance: share of a random walk's moves that T0 accepts; .75 as published.
+    acceptance: probability with which T0 accepts the average rise of a random walk; .75 as published.
     finalists: states per epsilon that are measured on the model, on the same draw as the sampled masks, those of the
         lowest predicted energy. Ours.
     proposed: of these, how many are measured on select, those of the lowest measured energy. Ours.
