@@ -10,6 +10,7 @@ import numpy as np
 
 from secateur.measures.disparity import Comparison, Interval
 from secateur.measures.overlap import Overlap
+from secateur.measures.selection import GroupSelection, Selection, StateSelections
 from secateur.search.methods import method
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord
@@ -88,6 +89,11 @@ def reach() -> GeneraliseResult:
             for name in METHODS
             for attribute in ("gender", "race")
         ],
+        selections=[
+            StateSelections(suite, state, [_selection(rng, None), _selection(rng, "rent"), _selection(rng, "lease")])
+            for suite in SUITES
+            for state in ("unpruned", *(f"{name}, its own repair" for name in METHODS))
+        ],
         notes=["A note on the suites."],
         run=_run(suites),
     )
@@ -115,6 +121,12 @@ def _cell(name: str, source: str, target: Suite, rng: np.random.Generator, suite
         largest_random=0.1,
         p_holm=rng.choice([0.001, 0.4]),
     )
+
+
+def _selection(rng: np.random.Generator, scenario: str | None) -> Selection:
+    rates = {"women": rng.uniform(0.4, 0.9), "men": 0.9}
+    groups = {name: GroupSelection(12, 0.5, around(rate, 0.1), rate / 0.9) for name, rate in rates.items()}
+    return Selection(scenario, () if scenario is None else ("yes",), groups, 0.6)
 
 
 def _scenario(name: str) -> OneScenario:

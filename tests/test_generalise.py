@@ -938,6 +938,27 @@ def test_a_summary_is_of_its_cells(tmp_path: Path) -> None:
         assert row.pooled.after.low <= row.pooled.after.high
 
 
+@pytest.mark.usefixtures("chosen_anyway")
+def test_selection_rates_of_decisions_stand_before_and_after_the_repairs_for_them(tmp_path: Path) -> None:
+    model, (one, two), settings = study(tmp_path)
+    measure = one.scenarios[0].measure.model_copy(update={"favourable": "a"})
+    decision = one.scenarios[0].model_copy(update={"measure": measure})
+    one = one.model_copy(update={"scenarios": [decision, *one.scenarios[1:]]})
+    kept: dict[str, Any] = {}
+    found = generalise(model, [one, two], settings, remember=lambda fit, plan: kept.update({fit.source: plan}))
+    assert [(state.use, state.state) for state in found.selections] == [
+        ("one", "unpruned"),
+        ("one", "attribution, its own repair"),
+    ]
+    test = Parts.prepare(model, one, settings).test
+    for state, mask in zip(found.selections, (None, kept["one"].mask), strict=True):
+        favourable = test.prompts.table((test.y(mask) > 0).astype(float))[0]  # (markers,)
+        for number, group in enumerate(one.groups):
+            rate = state.decisions[1].groups[group].rate.value
+            assert rate == pytest.approx(favourable[test.prompts.groups == number].mean())
+    assert found.as_dict()["selections"][0]["decisions"][1]["scenario"] == "like"
+
+
 def test_random_masks_are_no_claim() -> None:
     assert not cell(relation="random").proven
     assert cell(relation="random").as_dict()["faults"] == []

@@ -90,14 +90,22 @@ def test_a_repair_shows_selection_rates_before_and_after_with_their_caveats(repa
     assert "no legal advice and no conformity assessment" in said
 
 
-def test_a_comparison_and_a_study_of_reach_say_where_selection_rates_are(repaired: RepairResult) -> None:
-    pages = (
-        compared(repaired, MethodResult("random", {}, "no candidate", [], 0, 0, 0, 0.0)),
-        render_generalise(reach()),
-    )
-    for said in map(text_of, pages):
-        assert said.count(ACT) == 1
-        assert "secateur audit gives them for the unpruned model and secateur repair" in said
+def test_a_comparison_says_where_selection_rates_are(repaired: RepairResult) -> None:
+    said = text_of(compared(repaired, MethodResult("random", {}, "no candidate", [], 0, 0, 0, 0.0)))
+    assert said.count(ACT) == 1
+    assert "secateur audit gives them for the unpruned model and secateur repair" in said
+
+
+def test_a_study_of_reach_shows_impact_ratios_of_every_use_before_and_after() -> None:
+    html = render_generalise(reach())
+    assert text_of(html).count(ACT) == 1
+    for one in reach().selections:
+        group, ratio = one.decisions[0].lowest or ("", 0.0)
+        low = " ↓" if ratio < 0.8 - 1e-9 else ""
+        assert f"<td>{one.use}</td><td>{one.state}</td>" in html
+        assert f">{ratio:.2f} ({group}){low}</td>" in html
+    empty = text_of(render_generalise(replace(reach(), selections=[])))
+    assert "None of the suites holds a decision with a favourable answer" in empty
 
 
 def test_a_repair_says_how_units_were_found_and_what_the_figures_rest_on(repaired: RepairResult) -> None:

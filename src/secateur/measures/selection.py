@@ -91,6 +91,31 @@ class Selection:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class StateSelections:
+    """Selection rates of one use's decisions in one state of the model.
+
+    Attributes
+    ----------
+    use: the suite's name. state: "unpruned", or whose repair, in words.
+    decisions: the mean over all of them, then each.
+    """
+
+    use: str
+    state: str
+    decisions: list[Selection]
+
+    @property
+    def short(self) -> int:
+        """Decisions with an impact ratio below four fifths."""
+        return sum(one.falls_short for one in self.decisions[1:])
+
+    @property
+    def short_by_chance(self) -> float:
+        """How many there are on average where groups' labels are shuffled."""
+        return sum(one.short_by_chance for one in self.decisions[1:])
+
+
 def selections(prompts: PromptSet, y: np.ndarray, seed: int = 0) -> list[Selection]:
     """Selection rates of every decision in a set of prompts, after the mean over all of them.
 

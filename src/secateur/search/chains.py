@@ -1,9 +1,9 @@
 """Simulated annealing over sets of removed units, thousands of chains at a time.
 
-Every chain flips one unit per step, stays within bounds on how many are removed, and keeps the best state it
-has seen. T0 comes from a random walk: the temperature at which a move that raises the energy by as much as those of the
-walk do on average is accepted with probability chi0, T0 = -mean(rise) / ln(chi0). Cooling is logarithmic,
-T_i = T0 / ln(2 + i) as in Attention Pruning (Dasu et al., arXiv 2503.15815), or geometric, from T0 to a thousandth of it.
+Every chain flips one unit per step, stays within bounds on how many are removed, and keeps the best state it has seen.
+T0 comes from a random walk: the temperature at which a move that raises the energy by as much as those of the walk do
+on average is accepted with probability chi0, T0 = -mean(rise) / ln(chi0). Cooling is logarithmic, T_i = T0 / ln(2 + i)
+as in Attention Pruning (Dasu et al., arXiv 2503.15815), or geometric, from T0 to a thousandth of it.
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ def generalise(
         layers={name: agreement.layers(of, space) for name, of in masks.items()},
         left_out=leave_one_out.with_holm(left_out),
         advice=advice,
+        selections=judged.selections([*masks]),
         notes=[*notes(suites, settings), *fitting.notes, *judged.notes, *_notes_of_masks(masks, settings)],
         run=fitting.describe(),
     )

@@ -21,6 +21,7 @@ from secateur.measures.disparity import (
     suite_p_value,
 )
 from secateur.measures.disparity import reduction as reduction_of
+from secateur.measures.selection import StateSelections, selections
 from secateur.measures.splits import NOTHING_SEEN
 from secateur.studies.advice import Advice, Use, advise
 from secateur.studies.fitting import Fitting
@@ -31,6 +32,7 @@ from secateur.suites import Suite
 from secateur.weights import AnyMask, WeightMask
 
 BUILT_IN_LANGUAGE = "en"  # of the built-in text
+MEANT_FOR: dict[Relation, str] = {"own": "its own repair", "together": "the one repair for all"}
 LEAST_TO_JUDGE = 5  # markers of every group, unless the whole test part has fewer
 
 
@@ -250,6 +252,22 @@ class Judging:
             drawn = bootstrap_squares([before, *afters], self._seed, markers, target)
             for row, cell in enumerate(inside, start=1):
                 found[cell.source, target] = Squares(values[[0, row]], drawn[[0, row]])
+        return found
+
+    def selections(self, names: Sequence[str]) -> list[StateSelections]:
+        """Selection rates of every use that is a decision: unpruned, and under the repairs that are meant for it."""
+        found = []
+        for target in self.fitted.suites:
+            test = self.fitted.parts[target.name].test
+            meant = [(source, how) for source, how in self._sources(target) if how in MEANT_FOR]
+            states: dict[str, AnyMask | None] = {"unpruned": None}
+            for name in names:
+                for source, how in meant:
+                    mask = self.fitted.masks.get((name, source))
+                    if mask is not None and (name, source, target.name) in self.after:
+                        states[f"{name}, {MEANT_FOR[how]}"] = mask
+            rates = {state: selections(test.prompts, test.y(mask), self._seed) for state, mask in states.items()}
+            found += [StateSelections(target.name, state, of) for state, of in rates.items() if of]
         return found
 
     def advice(self, name: str) -> list[Advice]:

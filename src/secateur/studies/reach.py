@@ -11,6 +11,7 @@ import numpy as np
 
 from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval
 from secateur.measures.overlap import Overlap
+from secateur.measures.selection import StateSelections
 from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
@@ -239,6 +240,8 @@ class GeneraliseResult:
     agreements: of every two suites' units. layers: units by method and source, heads and neurons together, (layers,).
     left_out: the modes "specific" and "within".
     advice: a repair of its own for every use, or shared ones, by method and by family of uses.
+    selections: selection rates of the uses that are decisions, unpruned and under their own repairs and those for all
+        uses, on the whole test part.
     notes: what a reader should know of the suites, in sentences.
     """
 
@@ -254,6 +257,7 @@ class GeneraliseResult:
     layers: dict[str, dict[str, list[int]]]
     left_out: list[LeftOut]
     advice: list[Advice]
+    selections: list[StateSelections]
     notes: list[str]
     run: dict[str, Any]
 
@@ -294,6 +298,7 @@ class GeneraliseResult:
             "layers": self.layers,
             "left_out": [one.as_dict() for one in self.left_out],
             "advice": [asdict(one) for one in self.advice],
+            "selections": [asdict(one) for one in self.selections],
             "notes": self.notes,
             "run": self.run,
         }
