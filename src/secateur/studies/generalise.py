@@ -20,6 +20,7 @@ from secateur.studies.judging import Judging
 from secateur.studies.leave_one_out import LeftOut
 from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
+from secateur.studies.record import Costs
 from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, joint_sources, relation
 from secateur.studies.summary import verdict_of
 from secateur.suites import Suite
@@ -140,6 +141,7 @@ def generalise(
     progress: Progress | None = None,
     remembered: dict[FitKey, tuple[Fit, AnyMask | None]] | None = None,
     remember: Remember = lambda _, __: None,
+    costs: Costs | None = None,
     store: Store | None = None,
     cluster: Pool | None = None,
 ) -> GeneraliseResult:
@@ -152,7 +154,8 @@ def generalise(
     ----------
     remembered: fits of an interrupted run, by method and source, with their masks; not made again where the method's
         settings are the same.
-    remember: called with every fit, and its plan, as soon as it is there.
+    remember: called with every fit, and its plan, as soon as it is there. costs: of earlier sittings, which this one
+        adds to.
     store: keeps every measured mask. cluster: measures many masks at once, or None.
     """
     settings = (settings or GeneraliseSettings()).reduced()
@@ -169,6 +172,7 @@ def generalise(
         cluster,
         remembered or {},
         remember,
+        costs or Costs(),
     )
     fitting.prepare()
     for chosen in methods:
