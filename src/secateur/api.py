@@ -594,7 +594,7 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[di
         store = directory.staging / MEASURED
         if not other and (not directory.overwrite or is_usable(store, key["model"])):
             try:
-                _costs_of(state)
+                _costs_of(state)  # read again with the rest of the state, when it is known to be carried on
                 return read(state)
             except (KeyError, TypeError, ValueError, AttributeError):
                 other = UNREADABLE

@@ -210,7 +210,7 @@ def check_target(target: str | Path, overwrite: bool) -> Path:
 
 def staging_of(directory: Path) -> Path:
     """``NAME.partial`` of a run's directory, or of this itself; of a place without a name, such as the root, this."""
-    directory = directory.resolve()
+    directory = directory.expanduser().resolve()
     name = directory.name.removesuffix(PARTIAL_SUFFIX)
     return _beside(directory.with_name(name)) if name else directory
 
