@@ -11,12 +11,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from command import in_another_process
 from safetensors import SafetensorError
 
 from secateur import locking
@@ -245,16 +247,6 @@ def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> N
 
 # Other processes, and kills
 
-Process = multiprocessing.process.BaseProcess
-
-
-def in_another_process(function: Callable[..., None], *arguments: Any) -> Process:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "secateur.evaluation.store"])
-    process = context.Process(target=function, args=arguments)
-    process.start()
-    return process
-
 
 def hold(target: Path, parent: Connection) -> None:
     with writing(OutputDirectory.open(target)) as output:
@@ -266,7 +258,7 @@ def hold(target: Path, parent: Connection) -> None:
 
 
 @contextmanager
-def held(target: Path) -> Iterator[Process]:
+def held(target: Path) -> Iterator[BaseProcess]:
     """Another process that writes a directory while the context lasts."""
     child, parent = multiprocessing.Pipe()
     process = in_another_process(hold, target, parent)
