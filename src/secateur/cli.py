@@ -822,7 +822,7 @@ def _carried_on(output: Path) -> Iterator[None]:
 
 TOO_LITTLE_MEMORY = (
     "The device has too little memory; lower --batch-size or --masks-at-once, or spread the model with --device-map. "
-    "A repair, compare or generalise that is given again carries on with what it has measured."
+    "repair, compare and generalise carry on with what they have measured when the same command is given again."
 )
 
 
