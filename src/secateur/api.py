@@ -451,7 +451,7 @@ def _actors(address: str | None, model: LanguageModel, progress: Progress) -> It
         return
     progress.say(f"Starting Ray actors ({address})")
     with Cluster.start(address, model) as cluster:
-        progress.say(f"{len(cluster.actors)} actors are ready")
+        progress.say(f"The first of {len(cluster.actors)} actors is ready; any others take part as they start")
         yield cluster
 
 
