@@ -474,10 +474,12 @@ def localise(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
+    ray: RayAddress = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a method's scores of every unit, without removing any."""
+    """Write a method's scores of every unit, without removing any. An interrupted run carries on."""
     import secateur
+    from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, localise_table
 
     told: dict[str, Any] = {
@@ -486,11 +488,12 @@ def localise(
         **_study_settings(0.02, ablation, utility_text, utility_tokens, max_markers, "none", seed, batch_size, chat),
     }
     asked = _suite(suite)
+    check_address(ray)
     secateur.LocaliseSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
     result = secateur.localise(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
+        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
     )
     console.print(localise_table(result))
     for note in result.notes:
@@ -798,7 +801,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 TOO_LITTLE_MEMORY = (
     "The device has too little memory; lower --batch-size or --masks-at-once, or spread the model with --device-map. "
-    "The same command carries on with what it has measured."
+    "A repair, compare, generalise or localise command carries on when it is given again."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secateur.measures.answers import DEFAULT_BATCH_SIZE, ROW_PROMPTS, ROW_TOKENS
+from secateur.measures.utility import WINDOW
 from secateur.models import LanguageModel
 from secateur.models.language_model import VOCABULARY_CHUNK
 
@@ -12,6 +13,7 @@ from secateur.models.language_model import VOCABULARY_CHUNK
 PROCESS = 500_000_000
 # Of prompts as trees: as many rows as the default batch size allows, filled.
 PASS_TOKENS = ROW_TOKENS * DEFAULT_BATCH_SIZE // ROW_PROMPTS
+KL_COPIES = 5  # two log-probabilities, their difference, one probability and the product
 FULL = 4  # bytes of a number in fp32, which the output head is computed in
 
 
@@ -44,13 +46,25 @@ class Shape:
         """The fp32 copy of a part of the output head, where the model is not in fp32."""
         return 0 if self.itemsize == FULL else min(VOCABULARY_CHUNK, self.vocabulary) * self.width * FULL
 
-    def logits(self, reads: int) -> int:
-        """Logits and their log-probabilities over the vocabulary, where answers are read or text is scored."""
-        return 2 * reads * self.vocabulary * FULL
+    def logits(self, reads: int, copies: int = 2) -> int:
+        """Numbers in fp32 for every token of the vocabulary, where answers are read or text is scored.
+
+        Parameters
+        ----------
+        copies: such numbers at once: logits and log-probabilities, or for a KL divergence :data:`KL_COPIES`.
+        """
+        return copies * reads * self.vocabulary * FULL
+
+    def passes(self, tokens: int, reads: int, scored: int) -> int:
+        """At most, for passes over prompts and text: what a layer holds, and what the output head takes.
+
+        Parameters
+        ----------
+        tokens: of the largest pass. reads: next-token distributions of one over prompts. scored: of a window of text.
+        """
+        return self.activations(tokens) + self.head_copy + max(self.logits(reads), self.logits(scored, KL_COPIES))
 
 
 def actor_bytes(model: LanguageModel) -> int:
     """What a process takes that measures masks of a model: the model, and a pass that is read at every token."""
-    shape = Shape.of(model)
-    one_pass = shape.activations(PASS_TOKENS) + shape.head_copy + shape.logits(PASS_TOKENS)
-    return PROCESS + model.weight_bytes + one_pass
+    return PROCESS + model.weight_bytes + Shape.of(model).passes(PASS_TOKENS, PASS_TOKENS, WINDOW)

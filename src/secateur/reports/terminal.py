@@ -505,6 +505,8 @@ def _partial_lines(state: dict[str, Any]) -> list[str]:
     if "fits" in state:
         done = ", ".join(f"{fit['method']} on {fit['source']}" for fit in state["fits"]) or "none yet"
         return [f"Interrupted study of where repairs hold; finished: {done}. {HOW_TO_CARRY_ON}"]
+    if state["key"].get("study") == "localise":
+        return [f"Interrupted localisation of suite {state['suite']}. {HOW_TO_CARRY_ON}"]
     if "candidates" not in state:
         return [f"Interrupted repair; no candidate was measured yet. {HOW_TO_CARRY_ON}"]
     lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from secateur.evaluation.evaluator import Pool
+from secateur.evaluation.store import Store
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import notes_of
@@ -122,13 +124,21 @@ def localise(
     settings: LocaliseSettings | None = None,
     *,
     progress: Progress | None = None,
+    store: Store | None = None,
+    cluster: Pool | None = None,
 ) -> LocaliseResult:
-    """Score every unit of a model by a method on the fit part of a suite and of the neutral text."""
+    """Score every unit of a model by a method on the fit part of a suite and of the neutral text.
+
+    Parameters
+    ----------
+    store: keeps every measured mask, and those that it has already are not measured again.
+    cluster: measures many masks at once, or None.
+    """
     settings = settings or LocaliseSettings()
     settings.check()
     chosen = method(settings.method, settings.options).seeded(settings.seed)
     chosen.check(model, suite, settings.ablation)
-    parts = Parts.prepare(model, suite, settings)
+    parts = Parts.prepare(model, suite, settings, store, cluster)
     recorder = Recorder(model, progress or Progress())
     scores = parts.problem(settings, recorder).score(chosen.scorer)
     told = {**settings.as_dict(), "options": chosen.settings, "suite": suite.name, "suite_hash": suite_hash(suite)}
