@@ -399,6 +399,13 @@ def test_memory_kills_and_dead_nodes_are_dead_actors(
     assert [actor.handle for actor in before if actor not in cluster.actors] == cluster.ray.killed
 
 
+def test_a_mask_whose_actor_died_comes_next(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = faked(model, monkeypatch, {("measure", 0): ray.exceptions.ActorDiedError()})
+    masks = [Mask.removing(model, [unit]) for unit in range(6)]
+    measured = [mask.key for mask, _ in cluster.measure(evaluator(model), masks, False)]
+    assert masks[0].key in measured[:2], "others wait for it, in their order"
+
+
 def test_the_others_go_on_where_the_replacement_never_comes(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
