@@ -17,7 +17,6 @@ from secateur.errors import StoreError
 
 SCHEMA = 1
 WAIT_SECONDS = 30.0
-NOT_SHARED = ("SQLITE_IOERR_SHM", "SQLITE_PROTOCOL")  # what SQLite says of a file system without write-ahead mode
 TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE measured (
@@ -25,6 +24,7 @@ CREATE TABLE measured (
     PRIMARY KEY (part, mask, name)
 ) WITHOUT ROWID;
 """
+NOT_SHARED = ("SQLITE_IOERR_SHM", "SQLITE_PROTOCOL")  # what SQLite says of a file system without write-ahead mode
 
 
 @dataclass(eq=False)
@@ -107,9 +107,9 @@ class Store:
             )
         if about.get("model") != self.model:
             raise StoreError(f"The store '{self.path}' belongs to another model; name another file.")
-        (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         # A commit survives the process, which is what is asked for; only a crash of the machine may undo the last ones.
         # With a journal instead of a write-ahead log it might damage the file, unless all is flushed.
+        (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
 
     def _lay_out(self) -> None:
