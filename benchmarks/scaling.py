@@ -4,7 +4,7 @@ Run with ``python benchmarks/scaling.py [--suite NAME] [--tflops N] [--efficienc
 select part and its neutral text are packed as the engine packs them, with the default model's tokenizer; the model
 runs on PyTorch's "meta" device, which has shapes and no numbers, while the floating-point operations of every product
 are counted. ``--tflops`` is the peak of a device and ``--efficiency`` the share of it that is reached (measure yours
-with ``benchmarks/engine.py``).
+with ``benchmarks/engine.py``). ``--vocabulary`` is the models', which what the output head takes grows with.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 import secateur
 from secateur.evaluation import Evaluator
+from secateur.evaluation.memory import KL_COPIES, Shape
+from secateur.measures.answers import Batch, pack
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import split
 from secateur.measures.utility import read_passages, split_text
@@ -29,7 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "vocab_size": 32_000,
     },
     "70B (80 layers, 8,192 wide)": {
         "hidden_size": 8192,
@@ -37,7 +38,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
-        "vocab_size": 32_000,
     },
 }
 
@@ -85,11 +85,17 @@ def operations(model: Any, engine: Evaluator) -> int:
     return int(counter.get_total_flops())
 
 
+def largest(batches: list[Batch]) -> tuple[int, int]:
+    """The most tokens, and the most of them that are read, of any pass."""
+    return max(batch.tokens for batch in batches), max(len(batch.nodes) for batch in batches)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="occupations")
     parser.add_argument("--tflops", type=float, default=989.0, help="peak of one device, dense bf16")
     parser.add_argument("--efficiency", type=float, default=0.3)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     options = parser.parse_args()
     small = secateur.load()
     suite = secateur.load_suite(options.suite)
@@ -99,20 +105,31 @@ def main() -> None:
     asked = sum(batch.tokens for batch in engine.batches)
     read = sum(len(window.tokens) for window in engine.text.windows)
     print(f"{suite.name}, select: {len(prompts)} prompts in {asked:,} tokens, {read:,} tokens of text")
-    for name, shape in MODELS.items():
-        model = without_numbers(LlamaConfig(**shape))
+    tokens, reads = largest(engine.batches)
+    scored = int(engine.text.scored.max())
+    padded = largest(pack(small, prompts, share_prefixes=False))
+    print(
+        f"A pass: at most {tokens:,} tokens, {reads:,} of them read ({padded[0]:,} and {padded[1]:,} as padded rows); "
+        f"a window of text: {scored} read"
+    )
+    for name, sizes in MODELS.items():
+        shape = Shape(sizes["hidden_size"], sizes["intermediate_size"], options.vocabulary, itemsize=2)
+        model = without_numbers(LlamaConfig(**sizes, vocab_size=options.vocabulary))
         weights = sum(parameter.numel() for parameter in model.parameters())
         work = operations(model, engine)
         rate = options.tflops * 1e12 * options.efficiency / work
-        tokens = max(batch.tokens for batch in engine.batches)
-        wide = tokens * (4 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * 2
-        kept = (asked + read) * shape["hidden_size"] * 2
+        kept = (asked + read) * shape.width * shape.itemsize
         print(
             f"{name}: {weights / 1e9:.1f} billion weights, {2 * weights / 1e9:.0f} GB in bf16; "
             f"{work / 1e12:.1f} TFLOP a mask ({work / (asked + read) / 1e9:.1f} GFLOP a token); "
             f"{rate:.2f} masks/s at {options.efficiency:.0%} of {options.tflops:g} TFLOP/s; "
-            f"about {wide / 1e9:.1f} GB of activations in a pass; "
             f"{kept / 1e6:.0f} MB for each layer whose entry is kept"
+        )
+        activations = [f"{shape.activations(most) / 1e6:,.0f} MB" for most in (tokens, padded[0])]
+        logits = [f"{one / 1e6:,.0f} MB" for one in (shape.logits(reads), shape.logits(scored, KL_COPIES))]
+        print(
+            f"  a pass: activations {activations[0]} (padded rows: {activations[1]}), output head in fp32 "
+            f"{shape.head_copy / 1e6:,.0f} MB, logits of prompts {logits[0]}, KL on a window of text {logits[1]}"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,9 @@ from tiny import tiny_model
 import secateur
 from secateur.errors import ClusterError, NumericalError
 from secateur.evaluation import Evaluator
-from secateur.evaluation.cluster import Actor, Cluster, Worker, check_address, division
+from secateur.evaluation.cluster import KEPT_PARTS, Actor, Cluster, Worker, check_address, division
+from secateur.evaluation.memory import Shape, actor_bytes
+from secateur.evaluation.store import Store
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import whole
 from secateur.measures.utility import cut
@@ -122,21 +125,114 @@ def test_actors_that_die_for_ever_are_given_up(
 @pytest.mark.parametrize(
     ("machines", "gpus", "expected"),
     [
-        ([{"CPU": 6.0}], 0, (6, 0)),
-        ([{"CPU": 6.0}, {"CPU": 2.0}], 0, (8, 0)),
-        ([{"CPU": 64.0, "GPU": 8.0}], 0, (64, 0)),  # the model is on a CPU here
-        ([{"CPU": 64.0, "GPU": 8.0}], 1, (8, 1)),
-        ([{"GPU": 8.0}, {"GPU": 8.0}, {"GPU": 8.0}], 3, (6, 3)),
-        ([{"GPU": 1.0}, {"GPU": 1.0}], 2, (0, 2)),
-        ([{"CPU": 64.0}], 2, (0, 2)),
+        ([{"CPU": 6.0, "memory": 80e9}], 0, 6),
+        ([{"CPU": 6.0, "memory": 80e9}, {"CPU": 2.0, "memory": 64e9}], 0, 8),
+        ([{"CPU": 64.0, "memory": 40e9}], 0, 3),
+        ([{"CPU": 64.0, "memory": 11e9}, {"CPU": 2.0, "memory": 64e9}], 0, 2),
+        ([{"CPU": 64.0}], 0, 0),
+        ([{"CPU": 64.0, "GPU": 8.0, "memory": 1e12}], 0, 64),  # the model is on a CPU here
+        ([{"CPU": 64.0, "GPU": 8.0}], 1, 8),
+        ([{"GPU": 8.0}, {"GPU": 8.0}, {"GPU": 8.0}], 3, 6),
+        ([{"GPU": 1.0}, {"GPU": 1.0}], 2, 0),
+        ([{"CPU": 64.0}], 2, 0),
     ],
 )
-def test_every_actor_gets_the_gpus_that_the_model_takes(
-    machines: list[dict[str, float]], gpus: int, expected: tuple[int, int]
+def test_there_are_as_many_actors_as_there_is_room_for(
+    machines: list[dict[str, float]], gpus: int, expected: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": resources} for resources in machines]
-    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
-    assert division([dead, *nodes], gpus) == expected
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0, "memory": 1e12}}
+    assert division([dead, *nodes], gpus, 12_000_000_000) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "asked", "room"), [("auto", {"num_cpus": 1, "memory": 700}, 3), ("local:2", {"num_cpus": 1}, 2)]
+)
+def test_ray_sets_the_memory_of_an_actor_aside_unless_their_number_is_asked_for(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, address: str, asked: dict[str, int], room: int
+) -> None:
+    monkeypatch.setattr("secateur.evaluation.cluster.actor_bytes", lambda _: 700)
+    fake = FakeRay(model, {}, nodes=[{"CPU": 8.0, "memory": 2200.0}])
+    monkeypatch.setattr("secateur.evaluation.cluster._ray", lambda: fake)
+    with Cluster.start(address, model) as started:
+        assert len(started.actors) == room
+    assert [{name: value for name, value in options.items() if value} for options in fake.options] == [asked] * room
+
+
+def test_an_actor_takes_more_memory_than_its_model(model: LanguageModel) -> None:
+    config = model.model.config
+    taken = actor_bytes(model)
+    assert taken > model.weight_bytes + 2 * 4 * 896 * config.vocab_size
+    half = Shape(config.hidden_size, config.intermediate_size, config.vocab_size, 2)
+    assert half.head_copy == 4 * config.hidden_size * config.vocab_size
+    assert Shape.of(model).head_copy == 0
+    assert 2 * half.activations(900) == Shape.of(model).activations(900)
+
+
+def starting(
+    model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    errors: dict[tuple[str, int], BaseException] | None = None,
+    absent: Container[int] = (),
+) -> FakeRay:
+    """What the next cluster starts on: Ray with room for three actors."""
+    fake = FakeRay(model, errors or {}, absent, [{"CPU": 3.0, "memory": 1e12}])
+    monkeypatch.setattr("secateur.evaluation.cluster._ray", lambda: fake)
+    return fake
+
+
+def test_the_first_actor_that_is_ready_begins(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = starting(model, monkeypatch, absent={0, 2})
+    with Cluster.start("auto", model) as cluster:
+        masks = [Mask.removing(model, [unit]) for unit in range(5)]
+        assert len(list(cluster.measure(evaluator(model), masks, False))) == 5
+        fake.arrive(2)
+        assert len(list(cluster.measure(evaluator(model), masks, False))) == 5
+        assert [actor.ready is None for actor in cluster.actors] == [False, True, True]
+    assert not fake.waited
+    assert len(fake.killed) == 3
+
+
+def test_a_cluster_without_a_ready_actor_is_given_up(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = starting(model, monkeypatch, absent=range(99))
+    with pytest.raises(ClusterError, match=r"^No actor was ready on 'auto' after 30 minutes; other work may hold"):
+        Cluster.start("auto", model)
+    assert fake.waited == [1800]
+    assert fake.is_shut
+
+
+def test_a_cluster_without_memory_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.evaluation.cluster.actor_bytes", lambda _: 14_200_000_000)
+    fake = FakeRay(model, {}, nodes=[{"CPU": 8.0, "memory": 14e9}])
+    monkeypatch.setattr("secateur.evaluation.cluster._ray", lambda: fake)
+    with pytest.raises(ClusterError, match=r"^An actor takes a core and 14\.2 GB of memory with this model, and no"):
+        Cluster.start("auto", model)
+    assert fake.is_shut
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "said"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (ray.exceptions.ActorDiedError(), ClusterError, "An actor on 'auto' cannot load the model"),
+    ],
+)
+def test_what_ends_the_start_leaves_no_session_open(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type, said: str | None
+) -> None:
+    fake = starting(model, monkeypatch, {("__ray_ready__", 0): error})
+    with pytest.raises(expected, match=said):
+        Cluster.start("auto", model)
+    assert fake.is_shut
+    assert len(fake.killed) == 3
+
+
+def test_a_session_that_is_gone_hides_no_error(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = starting(model, monkeypatch)
+    monkeypatch.setattr(fake, "kill", lambda _: (_ for _ in ()).throw(RuntimeError("no session")))
+    with pytest.raises(NumericalError, match="the real one"), Cluster.start("auto", model):
+        raise NumericalError("the real one")
+    assert fake.is_shut
 
 
 def test_a_cluster_too_small_for_the_model_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,32 +266,61 @@ def test_a_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeRay:
     """Ray with actors in this process, each call done at once; calls by number end in an error instead.
 
-    An actor whose number is in ``absent`` never answers; what waits for that alone waits ``waited`` seconds in vain.
+    An actor whose number is in ``absent`` does not answer until it arrives; what waits for that alone waits ``waited``
+    seconds in vain. ``options`` are what was asked for each actor.
     """
 
     exceptions = ray.exceptions
 
     def __init__(
-        self, model: LanguageModel, errors: dict[tuple[str, int], Exception], absent: Container[int] = ()
+        self,
+        model: LanguageModel,
+        errors: dict[tuple[str, int], BaseException],
+        absent: Container[int] = (),
+        nodes: Sequence[dict[str, float]] = (),
     ) -> None:
-        self.model, self.errors, self.absent = model, errors, absent
+        self.model, self.errors, self.absent, self.machines = model, errors, absent, nodes
         self.calls: dict[str, int] = {}
         self.actors: list[Any] = []
+        self.workers: list[Worker] = []
+        self.starts: dict[int, Reference] = {}
+        self.options: list[dict[str, Any]] = []
         self.killed: list[Any] = []
         self.waited: list[float | None] = []
         self.is_shut = False
 
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **told: Any) -> None:
+        pass
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": resources} for resources in self.machines]
+
+    def remote(self, **options: Any) -> Any:
+        """In place of the class of an actor."""
+        self.options.append(options)
+        return lambda _: SimpleNamespace(remote=lambda *_: self.handle())
+
     def handle(self) -> Any:
         """An actor's handle."""
-        worker = Worker.__new__(Worker)
+        worker, number = Worker.__new__(Worker), len(self.actors)
         worker.model, worker.parts = self.model, {}
-        calls = {"prepare": worker.prepare, "measure": worker.measure, "__ray_ready__": lambda: None}
-        if len(self.actors) in self.absent:
-            handle = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *_: Reference(None)) for name in calls})
-        else:
-            handle = SimpleNamespace(**{name: self._remote(name, call) for name, call in calls.items()})
+        calls = {"prepare": worker.prepare, "measure": worker.measure, "forget": worker.forget}
+        handle = SimpleNamespace(**{name: self._remote(name, call) for name, call in calls.items()})
+        ready = self._remote("__ray_ready__", lambda: None)
+        if number in self.absent:
+            self.starts[number] = Reference(None)
+            ready = SimpleNamespace(remote=lambda: self.starts[number])
+        handle.__ray_ready__ = ready
         self.actors.append(handle)
+        self.workers.append(worker)
         return handle
+
+    def arrive(self, number: int) -> None:
+        """Let an actor that was absent be ready."""
+        self.starts[number].result = SimpleNamespace(error=None, value=None)
 
     def _remote(self, name: str, method: Any) -> Any:
         def call(*given: Any) -> Any:
@@ -231,9 +356,9 @@ class FakeRay:
         self.is_shut = True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Reference:
-    """Of a result; None where there never is one."""
+    """Of a result; None where there is none yet."""
 
     result: Any
 
@@ -241,12 +366,11 @@ class Reference:
 def faked(
     model: LanguageModel,
     monkeypatch: pytest.MonkeyPatch,
-    errors: dict[tuple[str, int], Exception],
+    errors: dict[tuple[str, int], BaseException],
     absent: Container[int] = (),
     **told: Any,
 ) -> Cluster:
     fake = FakeRay(model, errors, absent)
-    monkeypatch.setattr(Cluster, "_begin", lambda self: Actor(self.ray.handle()))
     return Cluster(fake, model, [Actor(fake.handle()), Actor(fake.handle())], 0, **told)
 
 
@@ -273,6 +397,13 @@ def test_memory_kills_and_dead_nodes_are_dead_actors(
         np.testing.assert_allclose(measured[mask.key]["y"], here.y(mask), atol=1e-5)
     assert cluster.replaced == 1
     assert [actor.handle for actor in before if actor not in cluster.actors] == cluster.ray.killed
+
+
+def test_a_mask_whose_actor_died_comes_next(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = faked(model, monkeypatch, {("measure", 0): ray.exceptions.ActorDiedError()})
+    masks = [Mask.removing(model, [unit]) for unit in range(6)]
+    measured = [mask.key for mask, _ in cluster.measure(evaluator(model), masks, False)]
+    assert masks[0].key in measured[:2], "others wait for it, in their order"
 
 
 def test_the_others_go_on_where_the_replacement_never_comes(
@@ -381,3 +512,49 @@ def test_masks_without_finite_answers_are_measured_once(model: LanguageModel, mo
     assert sum(done) == len(masks) * there.work()
     assert list(there.evaluate_each([bad])) == [None]
     assert tried.count(bad.key) == 1
+
+
+def test_figures_are_kept_as_they_come_and_told_in_order(model: LanguageModel, tmp_path: Path) -> None:
+    masks = [Mask.removing(model, [unit]) for unit in range(4)]
+    here, held = evaluator(model), list[bytes]()
+
+    class Unordered:
+        """Measures the second mask before the first, and notes which masks are in the store when it goes on."""
+
+        def measure(self, asked: Evaluator, given: Any, utility: bool) -> Iterator[tuple[Mask, Any]]:
+            for number in (1, 0, 2, 3):
+                here.evaluate(given[number], utility=utility)
+                yield given[number], here.figures(given[number])
+                held.extend(mask.key for mask in given if store.get(asked.part, mask.key) and mask.key not in held)
+
+    with Store(tmp_path / "measured.sqlite", model.fingerprint) as store:
+        found = evaluator(model, cluster=Unordered(), store=store).evaluate_each(masks)
+        told = []
+        for mask in masks:
+            measured = next(found)
+            assert measured is not None
+            np.testing.assert_array_equal(measured.table.y, here.evaluate(mask).table.y)
+            told.append(len(held))
+        assert told == [1, 1, 2, 3], "a mask is told of before the next is asked for"
+        assert held == [masks[number].key for number in (1, 0, 2)], "a mask that comes early is kept at once"
+
+
+def test_a_mask_that_is_measured_here_holds_up_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = evaluator(model, cluster=faked(model, monkeypatch, {}))
+    masks, done = [Mask.none(model), *(Mask.removing(model, [unit]) for unit in range(3))], list[int]()
+    found = there.evaluate_each(masks, done.append)
+    assert next(found) is not None
+    assert sum(done) == 4 * there.work(), "the actors were done before"
+    assert len(list(found)) == 3
+
+
+def test_parts_that_are_left_behind_are_forgotten(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = faked(model, monkeypatch, {})
+    whole, here, masks = evaluator(model), evaluator(model), [Mask.removing(model, [unit]) for unit in range(4)]
+    parts = [replace(whole, batch_size=size) for size in range(1, KEPT_PARTS + 3)]
+    for part in [*parts, parts[0]]:
+        for mask, figures in cluster.measure(part, masks, False):
+            np.testing.assert_allclose(figures["y"], here.y(mask), atol=1e-5)
+        assert len(cluster._parts) <= KEPT_PARTS
+        for actor, worker in zip(cluster.actors, cluster.ray.workers, strict=True):
+            assert set(worker.parts) == set(actor.prepared) <= set(cluster._parts)

@@ -282,3 +282,12 @@ def test_load_reads_a_directory(name: str, model: LanguageModel, tmp_path: Path)
     assert loaded.source == str(tmp_path)
     text = "<s>Mary  said: é</s>\n"
     assert loaded.tokenizer.encode(text) == model.tokenizer.encode(text)
+
+
+def test_what_a_model_is_loaded_with_holds_in_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path / "some" / "model")
+    monkeypatch.chdir(tmp_path)
+    loaded = secateur.load("some/model", device="cpu")
+    assert loaded.source == "some/model"
+    monkeypatch.chdir("/")
+    assert secateur.load(**loaded.loaded_with or {}).fingerprint == loaded.fingerprint

@@ -83,6 +83,34 @@ def test_an_interrupted_repair_is_listed_and_carried_on(
     assert [run.finished for run in list_runs(output.parent)] == [True, True]
 
 
+@pytest.mark.parametrize("ray", [(), ("--ray", "local:1")])
+def test_an_interrupted_localisation_is_listed_and_carried_on(
+    ray: tuple[str, ...], inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = ("-m", inputs / "model", "-s", inputs / "small.yaml", "--utility-text", inputs / "neutral.txt")
+    asked = ("localise", *sources, "--method", "fasp", "--set", "seeds=2", "--device", "cpu")
+    whole = output.with_name("whole")
+    assert call(*asked, "-o", whole).status == 0
+    stopped = 5
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stopped)
+        assert call(*asked, "-o", output).status == 130
+    left = f"interrupted, {stopped} measurements"
+    assert left in call("runs", output.parent).out
+    assert "Interrupted localisation of suite small." in call("show", output).out
+    resumed = call(*asked, *ray, "-o", output) if ray else call("runs", "--resume", output)
+    assert resumed.status == 0, resumed.err
+    assert "Carrying on an interrupted run" in resumed.out
+    assert ("Starting Ray actors (local:1)" in resumed.out) is bool(ray)
+    one, other = (json.loads((place / "localise.json").read_text()) for place in (whole, output))
+    spent = [sum(step["tokens_forward"] for step in found["run"]["steps"]) for found in (one, other)]
+    assert spent[1] < spent[0], "what was measured is not measured again"
+    if not ray:
+        assert one["top"] == other["top"]
+    assert not (output / STATE).exists()
+    assert [run.finished for run in list_runs(output.parent)] == [True, True]
+
+
 def test_ctrl_c_says_how_to_carry_on_where_there_is_something_to_carry_on(
     inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

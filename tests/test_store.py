@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,34 @@ def test_a_locked_store_is_said(path: Path) -> None:
 def test_a_directory_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be used"):
         Store(tmp_path / "none" / "measured.sqlite", MODEL)
+
+
+@pytest.mark.parametrize(("vfs", "mode", "synchronous"), [("unix", "wal", 1), ("unix-dotfile", "delete", 2)])
+def test_a_file_system_without_write_ahead_mode_has_a_journal(
+    path: Path, monkeypatch: pytest.MonkeyPatch, vfs: str, mode: str, synchronous: int
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file, **told: connect(f"file:{file}?vfs={vfs}", uri=True, **told))
+    for number in range(2):
+        with Store(path, MODEL) as store:
+            store.put("fit", bytes([number]), {"y": np.ones(1)})
+            assert len(store) == 1 + number
+            ask = store._connection.execute
+            assert ask("PRAGMA journal_mode").fetchone() == (mode,)
+            assert ask("PRAGMA synchronous").fetchone() == (synchronous,)
+
+
+def test_a_file_system_that_shares_no_memory_is_said(path: Path) -> None:
+    def fail() -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = "SQLITE_IOERR_SHMMAP"
+        raise error
+
+    with Store(path, MODEL) as store:
+        real, store._connection = store._connection, SimpleNamespace(execute=lambda *_: fail())  # type: ignore[assignment]
+        with pytest.raises(StoreError, match="cannot share the store's memory between processes"):
+            store.get("fit", b"a")
+        store._connection = real
 
 
 def test_a_full_disk_is_said_and_loses_nothing(path: Path) -> None:

@@ -63,6 +63,7 @@ SPARE_BYTES = 50_000_000
 EFFORT = ("masks_at_once", "kept_mib", "verification")
 # What a run may be asked for in addition: what is there and was made with the same settings of its method stays.
 METHODS_ASKED = ("methods", "options")
+CARRYING_ON = "Carrying on an interrupted run; what it has measured is not measured again"
 UNREADABLE = "in a form that this version of Secateur cannot carry on: name another directory, or add --overwrite."
 Left = TypeVar("Left")
 STATE_FORMAT = 1  # of what an interrupted run leaves; another number for other fields or meanings
@@ -168,7 +169,7 @@ def repair(
     directory, carries_on = _opened(output, overwrite, SPARE_BYTES + model.weight_bytes, key, read=bool)
     with writing(directory, carry_on=True), _State.kept(directory, key, model, [suite], {}) as state:
         if carries_on:
-            progress.say("Carrying on an interrupted run; what it has measured is not measured again")
+            progress.say(CARRYING_ON)
         with (
             Store(directory.staging / MEASURED, model.fingerprint) as store,
             _actors(ray, model, progress) as cluster,
@@ -259,6 +260,7 @@ def localise(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ray: str | None = None,
     **settings: Any,
 ) -> LocaliseResult:
     """Score every unit by a method, without removing any.
@@ -266,7 +268,9 @@ def localise(
     Parameters
     ----------
     output: a directory for ``scores.safetensors`` (rank and values, each (units,)), ``top.csv`` (the
-        first units) and ``localise.json``; overwrite: replace it if it exists.
+        first units) and ``localise.json``; overwrite: replace it if it exists. A run that was interrupted carries on
+        with the masks that it had measured.
+    ray: spread evaluations over Ray actors: "auto", "local:N" or a cluster's address.
     settings: ``method``, ``options`` and the fields that every study has, such as ``seed``.
 
     Raises
@@ -277,13 +281,28 @@ def localise(
     suite = load_suite(suite)
     chosen = LocaliseSettings(**settings)
     chosen.check()
-    directory = None if output is None else OutputDirectory.open(output, overwrite, SPARE_BYTES)
-    with writing(directory):
-        result = localisations.localise(model, suite, chosen, progress=progress)
-        if directory is not None:
-            directory.write_json("localise.json", result.as_dict())
-            write_text(directory.staging / "top.csv", result.csv())
-            result.save_scores(directory.staging / "scores.safetensors")
+    progress = progress or Progress()
+    check_address(ray)
+    if output is None:
+        with _actors(ray, model, progress) as cluster:
+            return localisations.localise(model, suite, chosen, progress=progress, cluster=cluster)
+    key = _run_key("localise", model, [suite], chosen)
+    directory, carries_on = _opened(output, overwrite, SPARE_BYTES, key, read=bool)
+    with writing(directory, carry_on=True), _State.kept(directory, key, model, [suite], {}) as state:
+        if carries_on:
+            progress.say(CARRYING_ON)
+        with (
+            Store(directory.staging / MEASURED, model.fingerprint) as store,
+            _actors(ray, model, progress) as cluster,
+        ):
+            result = localisations.localise(
+                model, suite, chosen, progress=progress, costs=state.costs, store=store, cluster=cluster
+            )
+        result.run["started"] = state.started
+        directory.write_json("localise.json", result.as_dict())
+        write_text(directory.staging / "top.csv", result.csv())
+        result.save_scores(directory.staging / "scores.safetensors")
+    (directory.target / STATE).unlink(missing_ok=True)
     return result
 
 
@@ -450,7 +469,7 @@ def _actors(address: str | None, model: LanguageModel, progress: Progress) -> It
         return
     progress.say(f"Starting Ray actors ({address})")
     with Cluster.start(address, model) as cluster:
-        progress.say(f"{len(cluster.actors)} actors are ready")
+        progress.say(f"The first of {len(cluster.actors)} actors is ready; any others take part as they start")
         yield cluster
 
 

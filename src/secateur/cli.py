@@ -478,10 +478,12 @@ def localise(
     seed: Seed = 0,
     batch_size: BatchSize = 128,
     chat: Chat = "auto",
+    ray: RayAddress = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a method's scores of every unit, without removing any."""
+    """Write a method's scores of every unit, without removing any. An interrupted run carries on."""
     import secateur
+    from secateur.evaluation.cluster import check_address
     from secateur.reports.terminal import TerminalProgress, localise_table
 
     told: dict[str, Any] = {
@@ -490,12 +492,14 @@ def localise(
         **_study_settings(0.02, ablation, utility_text, utility_tokens, max_markers, "none", seed, batch_size, chat),
     }
     asked = _suite(suite)
+    check_address(ray)
     secateur.LocaliseSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
-    result = secateur.localise(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), **told
-    )
+    with _carried_on(output):
+        result = secateur.localise(
+            loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
+        )
     console.print(localise_table(result))
     for note in result.notes:
         console.print(escape(note))
@@ -822,7 +826,7 @@ def _carried_on(output: Path) -> Iterator[None]:
 
 TOO_LITTLE_MEMORY = (
     "The device has too little memory; lower --batch-size or --masks-at-once, or spread the model with --device-map. "
-    "repair, compare and generalise carry on with what they have measured when the same command is given again."
+    "A repair, compare, generalise or localise that is given again carries on with what it has measured."
 )
 
 

@@ -202,20 +202,22 @@ class Evaluator:
     def evaluate_each(
         self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
     ) -> Iterator[Measurement | None]:
-        """Measure masks, in their order, on the cluster if there is one; None where answers are not finite.
+        """Measure masks, on the cluster if there is one; None where answers are not finite.
+
+        They come in their order, each as soon as it and those before it are there.
 
         Parameters
         ----------
         utility: also the likelihood of the neutral text.
         """
         if self.cluster is not None:
-            self._measure_on(self.cluster, masks, advance, utility)
-        told = advance if self.cluster is None else lambda _: None
+            yield from self._each_on(self.cluster, masks, advance, utility)
+            return
         for start in range(0, len(masks), self.masks_at_once):
             group = masks[start : start + self.masks_at_once]
             self._measure_together(group, utility)
             for mask in group:
-                yield self._finite(mask, told, utility)
+                yield self._finite(mask, advance, utility)
 
     def evaluate_walking(
         self, masks: Sequence[AnyMask], advance: Advance = lambda _: None, *, utility: bool = False
@@ -277,23 +279,34 @@ class Evaluator:
     def _unknown(self, masks: Sequence[AnyMask], utility: bool) -> dict[bytes, Mask]:
         """The masks of units, by key, of which some figure is not known and can be had."""
         new = {_key(mask): mask for mask in masks if isinstance(mask, Mask) and not mask.is_empty}
-        return {
-            key: mask
-            for key, mask in new.items()
-            if FINITE not in self._recall(key) and not self._wanted(utility) <= self._recall(key).keys()
-        }
+        return {key: mask for key, mask in new.items() if not self._is_known(key, utility)}
+
+    def _is_known(self, key: bytes, utility: bool) -> bool:
+        """Whether all figures of an evaluation are known, or that they cannot be had."""
+        known = self._recall(key).keys()
+        return FINITE in known or self._wanted(utility) <= known
 
     def _wanted(self, utility: bool) -> set[str]:
         """The names of the figures of one evaluation."""
         return {"y", *(("nll",) if utility else ()), *(("kl",) if utility and self.divergence else ())}
 
-    def _measure_on(self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool) -> None:
-        """Have the cluster measure what is not known."""
-        new = self._unknown(masks, utility)
-        advance(self.work(utility) * (len(masks) - len(new)))
-        for mask, figures in cluster.measure(self, list(new.values()), utility):
-            self._remember(mask.key, figures)
-            advance(self.work(utility))
+    def _each_on(
+        self, cluster: Pool, masks: Sequence[AnyMask], advance: Advance, utility: bool
+    ) -> Iterator[Measurement | None]:
+        """Have the cluster measure what is not known; every figure is kept as it comes, whatever comes before it.
+
+        A mask that only this process can measure waits for the cluster: meanwhile nothing would be kept.
+        """
+        missing = self._unknown(masks, utility)
+        advance(self.work(utility) * (len(masks) - len(missing)))
+        arriving = cluster.measure(self, list(missing.values()), utility)
+        for mask in masks:
+            while missing and not self._is_known(_key(mask), utility):
+                found, figures = next(arriving)
+                del missing[found.key]
+                self._remember(found.key, figures)
+                advance(self.work(utility))
+            yield self._finite(mask, lambda _: None, utility)
 
     def figures(self, mask: AnyMask | None) -> dict[str, np.ndarray]:
         """All that has been measured of a mask, by name."""

@@ -25,14 +25,16 @@ CREATE TABLE measured (
     PRIMARY KEY (part, mask, name)
 ) WITHOUT ROWID;
 """
+NOT_SHARED = ("SQLITE_IOERR_SHM", "SQLITE_PROTOCOL")  # what SQLite says of a file system without write-ahead mode
 
 
 @dataclass(eq=False)
 class Store:
-    """Measured figures by part of the data, mask and name, written at once; processes may share the file.
+    """Measured figures by part of the data, mask and name, written at once; processes of one machine may share it.
 
     Arrays are kept as they were measured, bit for bit, so that a run that carries on ends like one that
-    was never interrupted. The file is in write-ahead mode: a kill loses at most what was not yet measured.
+    was never interrupted. The file is in write-ahead mode, or where a file system cannot have that, with a journal: a
+    kill loses at most what was not yet measured.
 
     Attributes
     ----------
@@ -108,7 +110,7 @@ class Store:
         """Refuse what is not a store of this model; lay out a new file."""
         tables = {row[0] for row in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA journal_mode = WAL")  # stays as it was where that cannot be
             self._lay_out()
         elif "about" not in tables:
             raise UnusableStoreError(f"'{self.path}' is a database, but not a store of measured masks; {REMEDY}.")
@@ -121,7 +123,9 @@ class Store:
         if about.get("model") != self.model:
             raise UnusableStoreError(f"The store '{self.path}' belongs to another model; {REMEDY}.")
         # A commit survives the process, which is what is asked for; only a crash of the machine may undo the last ones.
-        self._connection.execute("PRAGMA synchronous = NORMAL")
+        # With a journal instead of a write-ahead log it might damage the file, unless all is flushed.
+        (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
+        self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
 
     def _lay_out(self) -> None:
         with self._writing():
@@ -153,6 +157,11 @@ class Store:
             if "locked" in reason:
                 raise StoreError(
                     f"The store '{self.path}' is locked by another process; try again when it is done."
+                ) from error
+            if getattr(error, "sqlite_errorname", "").startswith(NOT_SHARED):
+                raise StoreError(
+                    f"The file system of '{self.path}' cannot share the store's memory between processes, as network "
+                    "file systems often cannot; name an output on a local disk."
                 ) from error
             if "full" in reason:
                 raise StoreError(f"The disk of the store '{self.path}' is full; free some space.") from error

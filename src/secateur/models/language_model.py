@@ -51,7 +51,8 @@ class LanguageModel:
     source: where it came from, as the user named it.
     matmul_precision: of products of fp32 matrices inside the model, see :func:`torch.set_float32_matmul_precision`.
         The output head keeps the highest.
-    loaded_with: what to call :func:`secateur.load` with to get it again; None for a model made otherwise.
+    loaded_with: what to call :func:`secateur.load` with to get it again, from any directory; None for a model made
+        otherwise.
     precision_trial: what ``matmul_precision`` was chosen by, where it was measured.
     onednn: multiply through oneDNN where that is faster, see :mod:`secateur.models.linear`; switched off to see what
         it saves.

@@ -99,7 +99,7 @@ def load(
     if chosen_device is not None:
         model.to(chosen_device)  # type: ignore[arg-type]
     loaded_with = {
-        "source": None if source is None else str(source),
+        "source": None if source is None else _anywhere(str(source)),
         "dtype": chosen_dtype,
         "device_map": device_map,
         "trust_remote_code": trust_remote_code,
@@ -160,6 +160,12 @@ def _locate(source: str | Path | None) -> tuple[str, str]:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"'{name}' is neither an existing directory, a .gguf file nor a Hub id (owner/name).")
     return name, name
+
+
+def _anywhere(name: str) -> str:
+    """A name that says the same in another working directory: a path in full, any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name != DEFAULT_MODEL and path.exists() else name
 
 
 def _unreadable(name: str, error: Exception) -> str:

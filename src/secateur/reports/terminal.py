@@ -588,6 +588,8 @@ def _partial_lines(state: dict[str, Any], holder: str | None) -> list[str]:
     if "fits" in state:
         done = ", ".join(f"{fit['method']} on {fit['source']}" for fit in state["fits"]) or "none yet"
         return [f"{how} study of where repairs hold; finished: {done}. {then}"]
+    if state["key"].get("study") == "localise":
+        return [f"{how} localisation of suite {state['suite']}. {then}"]
     if "candidates" not in state:
         return [f"{how} repair; no candidate was measured yet. {then}"]
     lines = [f"{how} repair of suite {state['suite']}; candidates measured so far on the select part:"]

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from secateur.evaluation.evaluator import Pool
+from secateur.evaluation.store import Store
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import notes_of
 from secateur.search.methods import DEFAULT_METHOD, method
 from secateur.studies.parts import Parts, StudySettings
-from secateur.studies.record import Recorder
+from secateur.studies.record import Costs, Recorder
 from secateur.suites import Suite, suite_hash
 from secateur.units import UnitSpace
 
@@ -122,14 +124,24 @@ def localise(
     settings: LocaliseSettings | None = None,
     *,
     progress: Progress | None = None,
+    costs: Costs | None = None,
+    store: Store | None = None,
+    cluster: Pool | None = None,
 ) -> LocaliseResult:
-    """Score every unit of a model by a method on the fit part of a suite and of the neutral text."""
+    """Score every unit of a model by a method on the fit part of a suite and of the neutral text.
+
+    Parameters
+    ----------
+    costs: of earlier sittings, which this one adds to.
+    store: keeps every measured mask, and those that it has already are not measured again.
+    cluster: measures many masks at once, or None.
+    """
     settings = settings or LocaliseSettings()
     settings.check()
     chosen = method(settings.method, settings.options).seeded(settings.seed)
     chosen.check(model, suite, settings.ablation)
-    parts = Parts.prepare(model, suite, settings)
-    recorder = Recorder(model, progress or Progress())
+    parts = Parts.prepare(model, suite, settings, store, cluster)
+    recorder = Recorder(model, progress or Progress(), costs or Costs())
     scores = parts.problem(settings, recorder).score(chosen.scorer)
     told = {**settings.as_dict(), "options": chosen.settings, "suite": suite.name, "suite_hash": suite_hash(suite)}
     return LocaliseResult(
