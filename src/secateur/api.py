@@ -41,7 +41,9 @@ from secateur.studies import slim as slims
 from secateur.studies import verification as verifications
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
+from secateur.studies.fitting import FitKey
 from secateur.studies.generalise import GeneraliseSettings
+from secateur.studies.leave_one_out import OneByOne
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
@@ -397,8 +399,8 @@ def generalise(
             return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
     directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("generalise", model, asked, chosen, (*METHODS_ASKED, "modes", "scenarios_left_out"))
-    left = _left_by(directory, key, read=_fits_of)
-    done = left or {}
+    left = _left_by(directory, key, read=_reach_of)
+    done, singles = left or ({}, {})
     with writing(directory, keep=True):
         if left is not None:
             progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
@@ -408,12 +410,20 @@ def generalise(
             return directory.staging / "plans" / fit.name
 
         def save() -> None:
-            directory.write_json(STATE, {**head, "fits": [asdict(fit) for fit in done.values()]})
+            made = {
+                "fits": [asdict(one) for one in done.values()],
+                "singles": [asdict(one) for one in singles.values()],
+            }
+            directory.write_json(STATE, {**head, **made})
 
         def remember(fit: Fit, plan: Plan | None) -> None:
             if plan is not None:
                 plan.save(place(fit))
             done[fit.method, fit.source] = fit
+            save()
+
+        def remember_singles(found: OneByOne) -> None:
+            singles[found.method, found.suite] = found
             save()
 
         save()
@@ -431,6 +441,8 @@ def generalise(
                     for known, fit in done.items()
                 },
                 remember=remember,
+                remembered_singles=dict(singles),
+                remember_singles=remember_singles,
                 store=store,
                 cluster=cluster,
             )
@@ -501,9 +513,11 @@ def _methods_of(state: dict[str, Any]) -> dict[str, MethodResult]:
     return {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
 
 
-def _fits_of(state: dict[str, Any]) -> dict[tuple[str, str], Fit]:
-    """The repairs that an interrupted study of where they hold has made, by method and source."""
-    return {(one["method"], one["source"]): Fit.from_dict(one) for one in state["fits"]}
+def _reach_of(state: dict[str, Any]) -> tuple[dict[FitKey, Fit], dict[FitKey, OneByOne]]:
+    """What an interrupted study of where repairs hold has made: repairs by method and source, and what was done one
+    scenario at a time by method and suite."""
+    fits = {(one["method"], one["source"]): Fit.from_dict(one) for one in state["fits"]}
+    return fits, {(one["method"], one["suite"]): OneByOne.from_dict(one) for one in state.get("singles", [])}
 
 
 def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[dict[str, Any]], Left]) -> Left | None:

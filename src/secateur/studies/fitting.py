@@ -13,6 +13,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.search.methods import Method
 from secateur.studies.candidates import Candidates
+from secateur.studies.leave_one_out import OneByOne
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Fit
@@ -39,7 +40,7 @@ class Fitting:
     remember: called with every fit, and its plan, as soon as it is there.
     seen: by source, what it was fitted on and chosen by. means: for mean ablation, the same for all suites.
     fits, masks: by method and source; no mask where none was chosen, or answers under it are not finite at home.
-    taken_over: those of the fits that an interrupted run made.
+    taken_over: those of the fits, and of what was done scenario by scenario, that an interrupted run made.
     """
 
     model: LanguageModel
@@ -57,7 +58,7 @@ class Fitting:
     means: ActivationMeans | None = field(init=False, default=None)
     fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
     masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
-    taken_over: list[Fit] = field(init=False, default_factory=list)
+    taken_over: list[Fit | OneByOne] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.model, self.progress)
@@ -97,7 +98,7 @@ class Fitting:
             recorder = Recorder(self.model, self.progress)
             problem = parts.problem(self.settings, recorder, self.means)
             candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
-            candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+            candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
             mask = candidates.choose()
             found = None if mask is None else self._examined(parts, mask, recorder, joint)
             fit = self._record(chosen, source, candidates, mask, found, recorder, joint)
@@ -143,6 +144,7 @@ class Fitting:
             source=source,
             settings=chosen.settings,
             status=candidates.status if mask is None or found is not None else "not finite on test",
+            reason=candidates.reason,
             candidates=candidates.records,
             tokens_forward=recorder.usage.forward,
             tokens_backward=recorder.usage.backward,
@@ -176,7 +178,7 @@ class Fitting:
                 "perplexity_increase": fit.perplexity_increase.as_dict(),
             }
             record["verdict"] = "measured"
-            record["explanation"] = "Random masks were compared on all uses together; see generalise.json."
+            record["explanation"] = "What it and random masks do on every use is in generalise.json."
         if fit.own is not None:
             record["test"] = fit.own.as_dict()
         return Plan(mask, record)
@@ -187,8 +189,9 @@ class Fitting:
 
     @property
     def notes(self) -> list[str]:
-        """What came of masks that could not be judged, in sentences."""
-        return [
+        """What came of searches that could not go on and of masks that could not be judged, in sentences."""
+        failed = [f"{fit.method}: no repair for {fit.source}. {fit.reason}" for fit in self.fits.values() if fit.reason]
+        return failed + [
             f"{fit.method}: under the repair for {fit.source}, answers on its own test part, the text or the control "
             "suite are not finite; it is left out."
             for fit in self.fits.values()
@@ -201,5 +204,5 @@ class Fitting:
         told = {**self.settings.as_dict(), "suite_hash": ", ".join(suites.values())}
         run = self.recorder.describe(told)
         for name in ("tokens_forward", "tokens_backward", "seconds"):
-            run[name] += sum(getattr(fit, name) for fit in self.taken_over)
+            run[name] += sum(getattr(one, name) for one in self.taken_over)
         return {**run, "suite_hashes": suites}
