@@ -351,7 +351,7 @@ def test_what_shows_while_a_method_searches_leaves_one_repair_out(
     assert len(failed) == 2, "once for a repair, once for single scenarios"
     result = json.loads((output / "generalise.json").read_text())
     assert [(fit["status"], fit["reason"]) for fit in result["fits"]] == [(status, str(error)), ("chosen", "")]
-    assert {cell["source"] for cell in result["cells"]} == {"two", "random masks"}
+    assert {cell["source"] for cell in result["cells"] if cell["repaired"]} == {"two", "random masks"}
     assert {one["suite"] for one in result["left_out"]} == {"two"}
     for said in (f"attribution: no repair for one. {error}", f"attribution: no single scenarios of one. {error}"):
         assert said in result["notes"]
