@@ -24,6 +24,7 @@ from secateur.studies.record import Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
 from secateur.studies.verification import Verification, VerificationSettings, verify
 from secateur.suites import Suite, suite_hash
+from secateur.suites.joining import thinned
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask
 
@@ -113,6 +114,11 @@ class RepairResult:
         figures = {key: value for key, value in self.as_dict().items() if key not in LEFT_OUT}
         told = ("settings", "splits", "versions", "command")
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
+
+    @property
+    def asked(self) -> Suite:
+        """The suite with the scenarios that were asked of, which the tables have a row for each."""
+        return thinned(self.suite, self.run["settings"]["max_scenarios"])
 
     @property
     def notes(self) -> list[str]:
@@ -258,7 +264,7 @@ def repair(
     verdict, explanation = judge(
         found.comparison, found.p_before, found.perplexity_increase, random, settings.max_perplexity_increase
     )
-    verification = _verification(model, suite, mask, settings, recorder)
+    verification, asked = _verification(model, suite, mask, settings, recorder), thinned(suite, settings.max_scenarios)
     return result(
         verdict,
         explanation,
@@ -271,8 +277,8 @@ def repair(
         perplexity_after=found.perplexity_after,
         perplexity_increase=found.perplexity_increase,
         kl=found.kl,
-        test_before=describe_scenarios(suite, found.before, settings.seed),
-        test_after=describe_scenarios(suite, found.after, settings.seed),
+        test_before=describe_scenarios(asked, found.before, settings.seed),
+        test_after=describe_scenarios(asked, found.after, settings.seed),
         table_before=found.before,
         table_after=found.after,
         selections_before=selections(parts.test.prompts, parts.test.y(), settings.seed),
