@@ -275,6 +275,8 @@ def _stacked(interval: Interval, digits: int, scale: float = 100) -> str:
 def compare_lines(result: CompareResult) -> list[str]:
     """The lines under a comparison's table."""
     lines = []
+    if sum(found.reduction is not None and not found.over_limit for found in result.methods) > 1:
+        lines.append("The first method is chosen by the test part, so its figure is likely too good.")
     for found in result.methods:
         lines += [f"* {found.name} is not proven: {'; '.join(found.faults)}."] if found.faults else []
         lines += [f"{found.name}: {note}" for note in found.notes]
