@@ -48,7 +48,7 @@ class GeneraliseSettings(StudySettings):
         any, nothing is proven.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
     max_scenarios, utility_tokens: fewer than in other studies, which look at one suite.
-    dealing: "by text", so that suites which share markers and wordings hold the same ones out.
+    dealing: "by text", so that suites which share groups and scenarios hold the same markers and wordings out.
     quick: few markers, four scenarios of every suite and little text: minutes, wider intervals.
     """
 

@@ -49,7 +49,7 @@ class StudySettings:
     max_perplexity_increase: the utility limit, 0.02 for +2 %.
     ablation: what a removed unit gives: "zero" or its "mean" over neutral text.
     seed: of splits, random masks, permutations and bootstrap.
-    dealing: of markers and wordings into parts: "shuffled", or "by text", alike in all suites that share them.
+    dealing: of markers and wordings into parts: "shuffled", or "by text", alike for shared groups and scenarios.
     batch_size: prompts in one forward pass.
     masks_at_once: masks in one forward pass where many are measured, each with its own rows.
     kept_mib: MiB of hidden states that a search may keep, to begin the next mask where it differs; 0 for none.
