@@ -1243,6 +1243,8 @@ def test_units_without_a_score_are_never_chosen() -> None:
         (("--suites", "hiring-race"), "at least two suites"),
         (("--suites", "hiring-race,hiring-race"), "named twice"),
         (("--suites", "hiring-race,hiring-rase"), "There is no suite 'hiring-rase'"),
+        (("--suites", "hiring-race,lending-race", "--methods", "attribution", "fasp"), "separate methods by commas"),
+        (("--suites", "hiring-race,lending-race", "--modes", "across", "joint"), "separate modes by commas"),
         (("--suites", "hiring-race,lending-race", "--modes", "sideways"), "Unknown mode 'sideways'"),
         (
             ("--suites", "hiring-race,lending-race", "--modes", "languages"),
