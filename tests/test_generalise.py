@@ -39,6 +39,7 @@ from secateur.studies.parts import Parts
 from secateur.studies.reach import FOREIGN_TEXT, Cell
 from secateur.studies.record import Recorder
 from secateur.studies.relations import differences, joint_sources, relation
+from secateur.studies.runs import list_runs
 from secateur.studies.summary import Squares, summarise, verdict_of
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined, spaced
@@ -1271,14 +1272,16 @@ def test_a_suite_without_a_part_to_hold_out(tmp_path: Path, output: Path, call: 
 
 
 def test_results_of_another_version(tmp_path: Path, call: Command) -> None:
-    (tmp_path / "older").mkdir()
-    (tmp_path / "older" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
-    listed = call("runs", tmp_path)
-    assert (listed.status, "another version" in " ".join(listed.out.split())) == (0, True)
-
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "generalise.json").write_text('{"format": "secateur-generalise-0", "cells": []}')
-    assert "another version of Secateur" in call("show", tmp_path / "old").refusal
+    advice = [{"method": "attribution", "family": "gender (en)", "choice": "one repair per use"}]
+    for name, content in (
+        ("older", {"advice": advice}),
+        ("old", {"format": "secateur-generalise-0", "advice": advice}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generalise.json").write_text(json.dumps({**content, "cells": []}))
+        assert "another version of Secateur" in call("show", tmp_path / name).refusal
+    summaries = {run.path.name: run.summary for run in list_runs(tmp_path)}
+    assert summaries == dict.fromkeys(("older", "old"), "written by another version of Secateur, or damaged")
 
 
 def test_a_few_scenarios_are_asked_of(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from secateur.errors import DataError, StoreError
 from secateur.evaluation.store import Store
 from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
+from secateur.studies.reach import GENERALISE_FORMAT
 
 LISTING_WAIT = 1.0  # seconds for a store that another process has locked
 RESULTS = {
@@ -158,6 +159,8 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         doubt = " (not proven)" if best.get("faults") else ""
         return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
     if study == "generalise":
+        if content["format"] != GENERALISE_FORMAT:
+            raise ValueError(content["format"])
         return "; ".join(f"{one['method']}, {one['family']}: {one['choice']}" for one in content["advice"])
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"
