@@ -13,7 +13,6 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.search.methods import Method
 from secateur.studies.candidates import Candidates
-from secateur.studies.leave_one_out import OneByOne
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Fit
@@ -40,7 +39,7 @@ class Fitting:
     remember: called with every fit, and its plan, as soon as it is there.
     seen: by source, what it was fitted on and chosen by. means: for mean ablation, the same for all suites.
     fits, masks: by method and source; no mask where none was chosen, or answers under it are not finite at home.
-    taken_over: those of the fits, and of what was done scenario by scenario, that an interrupted run made.
+    taken_over: those of the fits that an interrupted run made.
     """
 
     model: LanguageModel
@@ -58,7 +57,7 @@ class Fitting:
     means: ActivationMeans | None = field(init=False, default=None)
     fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
     masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
-    taken_over: list[Fit | OneByOne] = field(init=False, default_factory=list)
+    taken_over: list[Fit] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self.model, self.progress)
@@ -204,5 +203,5 @@ class Fitting:
         told = {**self.settings.as_dict(), "suite_hash": ", ".join(suites.values())}
         run = self.recorder.describe(told)
         for name in ("tokens_forward", "tokens_backward", "seconds"):
-            run[name] += sum(getattr(one, name) for one in self.taken_over)
+            run[name] += sum(getattr(fit, name) for fit in self.taken_over)
         return {**run, "suite_hashes": suites}

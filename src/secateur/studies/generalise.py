@@ -20,7 +20,6 @@ from secateur.studies.judging import Judging
 from secateur.studies.leave_one_out import LeftOut, OneByOne
 from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
-from secateur.studies.record import Recorder
 from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, joint_sources, relation
 from secateur.studies.summary import verdict_of
 from secateur.suites import Suite
@@ -229,16 +228,14 @@ def _one_by_one(
     asked = {"settings": chosen.settings, "modes": modes, "most": most}
     known = remembered.get((chosen.name, suite.name))
     if known is not None and known.asked == asked:
-        fitting.taken_over.append(known)
         return known
-    recorder, parts = Recorder(fitting.model, fitting.progress), fitting.parts[suite.name]
+    parts, recorder = fitting.parts[suite.name], fitting.recorder
     judged, reason = list[LeftOut](), ""
     try:
         judged = leave_one_out.leave_one_out(parts, chosen, settings, recorder, modes, most, fitting.means)
     except (SettingError, NumericalError) as error:  # what shows only while a method scores ends no study
         reason = str(error)
-    usage = recorder.usage
-    found = OneByOne(chosen.name, suite.name, asked, judged, reason, usage.forward, usage.backward, recorder.seconds)
+    found = OneByOne(chosen.name, suite.name, asked, judged, reason)
     remember(found)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,17 +127,13 @@ class OneByOne:
     ----------
     asked: settings of the method, modes and number of scenarios, by which a resumed run knows whether it is the same.
     found: one for every mode and rule; none where the scores could not be had. reason: why, in a sentence.
-    tokens_forward, tokens_backward, seconds: what it cost.
     """
 
     method: str
     suite: str
     asked: dict[str, Any]
-    found: list[LeftOut] = field(default_factory=list)
+    found: list[LeftOut]
     reason: str = ""
-    tokens_forward: int = 0
-    tokens_backward: int = 0
-    seconds: float = 0.0
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> OneByOne:
