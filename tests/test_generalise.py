@@ -360,6 +360,15 @@ def test_what_shows_while_a_method_searches_leaves_one_repair_out(
         assert said in (output / "report.html").read_text()
 
 
+def test_kl_is_not_measured_where_nothing_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise AssertionError("nothing of this study shows KL")
+
+    monkeypatch.setattr("secateur.evaluation.evaluator.kl_divergence", refused)
+    model, suites, settings = study(tmp_path)
+    assert "chosen" in {fit.status for fit in generalise(model, suites, settings).fits}
+
+
 def test_a_study_without_any_repair_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise SettingError("No prompt has tokens after its marker; use another method.")

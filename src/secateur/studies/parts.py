@@ -133,12 +133,14 @@ class Parts:
         store: Store | None = None,
         cluster: Pool | None = None,
         seen: Seen = NOTHING_SEEN,
+        divergence: bool = False,
     ) -> Parts:
         """Deal, fill and tokenise.
 
         Parameters
         ----------
         seen: texts that the test part may not hold, if another study has seen them.
+        divergence: whether KL is measured on the test part, too, see :class:`Evaluator`.
         """
         splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers, settings.dealing)
         splits = splits.without(suite, seen)
@@ -174,7 +176,7 @@ class Parts:
             fit=whole,
             folds=[evaluator(fold, text["fit"]) for fold in folds(fit, fold_number(whole))],
             select=evaluator(select, text["select"]),
-            test=evaluator(test, text["test"], divergence=True),
+            test=evaluator(test, text["test"], divergence),
             control=control,
         )
 

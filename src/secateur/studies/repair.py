@@ -224,7 +224,7 @@ def repair(
     settings = settings or RepairSettings()
     settings.check()
     chosen_method = check_method(model, suite, settings)
-    parts = Parts.prepare(model, suite, settings, store, cluster)
+    parts = Parts.prepare(model, suite, settings, store, cluster, divergence=True)
     recorder = Recorder(model, progress or Progress())
 
     def describe() -> dict[str, Any]:
