@@ -238,7 +238,7 @@ class _Run:
                 cost = NO_CHANGE if mask is None else self._cost(mask)
                 random = before if mask is None else _measured(test, mask.random_like(rng))
                 advance(1)
-                if after is None or cost is None:  # nobody would deploy it, so the scenario stays as it was
+                if after is None or cost is None:  # nobody would deploy it: the scenario stays as it is
                     after, cost = before, None
                 units = 0 if mask is None else mask.heads_removed + mask.neurons_removed
                 found.append(self._one(suite.scenarios[scenario].id, units, cost, increase, before, after))
