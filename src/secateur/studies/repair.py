@@ -117,8 +117,10 @@ class RepairResult:
 
     @property
     def asked(self) -> Suite:
-        """The suite with the scenarios that were asked of, which the tables have a row for each."""
-        return thinned(self.suite, self.run["settings"]["max_scenarios"])
+        """The suite with the scenarios that were judged, one for every row of the tables."""
+        judged = {one.id for one in self.test_before}
+        scenarios = [scenario for scenario in self.suite.scenarios if scenario.id in judged]
+        return self.suite.model_copy(update={"scenarios": scenarios})
 
     @property
     def notes(self) -> list[str]:
