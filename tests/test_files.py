@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from command import in_another_process
 from safetensors import SafetensorError
 
+from secateur import locking
 from secateur.errors import MaskError, NumericalError, OutputError
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, TEMPORARY, OutputDirectory, has_measured, to_json, write_text, writing
+from secateur.files import LOCK, MEASURED, TEMPORARY, OutputDirectory, has_measured, to_json, write_text, writing
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -238,6 +245,187 @@ def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> N
     assert tree(tmp_path) == {"run/a.txt": "old", "run/gone.txt": "old", "run.partial/a.txt": "new"}
 
 
+# Other processes, and kills
+
+
+def hold(target: Path, parent: Connection) -> None:
+    with writing(OutputDirectory.open(target)) as output:
+        assert output is not None
+        (output.staging / "a.txt").write_text("held")
+        parent.send("held")
+        with suppress(EOFError):
+            parent.recv()
+
+
+@contextmanager
+def held(target: Path) -> Iterator[BaseProcess]:
+    """Another process that writes a directory while the context lasts."""
+    child, parent = multiprocessing.Pipe()
+    process = in_another_process(hold, target, parent)
+    parent.close()
+    try:
+        assert child.recv() == "held"
+        yield process
+    finally:
+        child.close()
+        process.join()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_another_process_is_writing_is_left_alone(overwrite: bool, tmp_path: Path) -> None:
+    with held(tmp_path / "run") as process:
+        refused = rf"run' is being written by another process \(PID {process.pid} on .*\); wait until it is done"
+        with pytest.raises(OutputError, match=refused):
+            OutputDirectory.open(tmp_path / "run", overwrite, carry_on=True)
+        assert (tmp_path / "run.partial" / "a.txt").read_text() == "held"
+    assert process.exitcode == 0
+    assert tree(tmp_path) == {"run/a.txt": "held"}
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    with held(tmp_path / "run") as process:
+        process.kill()
+        process.join()
+    write_run(tmp_path / "run", overwrite=True)
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
+def test_a_process_does_not_write_a_directory_twice_at_once(tmp_path: Path) -> None:
+    def again() -> None:
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match=f"PID {os.getpid()} "):
+                write_run(tmp_path / "run", overwrite)
+
+    write_run(tmp_path / "run", then=again)
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+    write_run(tmp_path / "run", overwrite=True)
+
+
+def test_what_another_process_has_published_by_the_time_of_the_lock_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = locking._take
+
+    def publish_first(path: Path) -> int | None:
+        monkeypatch.setattr(locking, "_take", take)
+        path.parent.rename(tmp_path / "run")
+        return take(path)
+
+    monkeypatch.setattr(locking, "_take", publish_first)
+    with pytest.raises(OutputError, match="exists; name another directory"):
+        OutputDirectory.open(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_lock_on_a_file_that_has_gone_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = locking._take
+
+    def lose_it(path: Path) -> int | None:
+        monkeypatch.setattr(locking, "_take", take)
+        handle = take(path)
+        path.unlink()
+        return handle
+
+    monkeypatch.setattr(locking, "_take", lose_it)
+    lock = locking.Lock.take(tmp_path / "run.partial", LOCK)
+    assert locking.holder_of(lock.path) is not None
+    lock.release()
+    assert locking.holder_of(lock.path) is None
+    assert not lock.path.exists()
+
+
+@pytest.mark.parametrize("missing", ["module", "in the file system"])
+def test_where_there_are_no_locks_nothing_is_locked(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if missing == "module":
+        monkeypatch.setattr(locking, "fcntl", None)
+    else:
+        monkeypatch.setattr(locking.fcntl, "flock", refuse)
+    seen: list[dict[str, str]] = []
+    write_run(tmp_path / "run", then=lambda: seen.append(tree(tmp_path)))
+    assert seen == [{"run.partial/a.txt": "new"}]
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def replace_and_die(target: Path, moment: str) -> None:
+    """Put another directory in the place of one; a kill comes at a moment of that."""
+    rename, renamed = Path.rename, list[Path]()
+
+    def renaming(self: Path, to: Path) -> Path:
+        if moment == f"before rename {len(renamed) + 1}":
+            die()
+        renamed.append(to)
+        return rename(self, to)
+
+    def removing(directory: Path, **_: Any) -> None:
+        for file in directory.glob("*"):
+            file.unlink()
+            die()
+
+    with writing(OutputDirectory.open(target, overwrite=True)) as output, pytest.MonkeyPatch.context() as patch:
+        assert output is not None
+        (output.staging / "a.txt").write_text("newer")
+        patch.setattr(Path, "rename", renaming)
+        if moment == "while the old one is removed":
+            patch.setattr(shutil, "rmtree", removing)
+        output.publish()
+
+
+def killed(target: Path, moment: str) -> None:
+    process = in_another_process(replace_and_die, target, moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+OLD, NEW = {"a.txt": "old", "gone.txt": "old"}, {"a.txt": "newer"}
+
+
+@pytest.mark.parametrize(
+    ("moment", "stays"),
+    [
+        ("before rename 1", OLD),
+        ("before rename 2", OLD),
+        ("before rename 3", NEW),
+        ("while the old one is removed", NEW),
+    ],
+)
+def test_a_kill_while_a_directory_is_replaced_loses_nothing(moment: str, stays: dict[str, str], tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    killed(target, moment)
+    with pytest.raises(OutputError, match="exists; name another directory or add --overwrite"):
+        OutputDirectory.open(target, carry_on=True)
+    assert {name: text for name, text in tree(target).items() if name != LOCK} == stays
+    write_run(target, overwrite=True)
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_half_of_an_older_directory_does_not_come_back(tmp_path: Path) -> None:
+    target = old_run(tmp_path)
+    killed(target, "while the old one is removed")
+    shutil.rmtree(target)
+    write_run(target)
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
+def test_files_that_a_kill_left_half_written_are_not_published(tmp_path: Path) -> None:
+    (tmp_path / "run.partial" / "plans").mkdir(parents=True)
+    for directory in (tmp_path / "run.partial", tmp_path / "run.partial" / "plans"):
+        (directory / f"{TEMPORARY}abc").write_text("half of a fi")
+    with writing(OutputDirectory.open(tmp_path / "run", carry_on=True), carry_on=True) as output:
+        assert output is not None
+        (output.staging / "a.txt").write_text("new")
+    assert tree(tmp_path) == {"run/a.txt": "new"}
+
+
 def test_a_link_is_followed(tmp_path: Path) -> None:
     target = old_run(tmp_path)
     (tmp_path / "link").symlink_to("run")
@@ -250,7 +438,7 @@ def test_json_file(tmp_path: Path) -> None:
     with writing(OutputDirectory.open(tmp_path / "run")) as output:
         assert output is not None
         output.write_json("a.json", {"value": np.float32(0.5)})
-        assert [entry.name for entry in output.staging.iterdir()] == ["a.json"]
+        assert {entry.name for entry in output.staging.iterdir()} == {"a.json", LOCK}
     assert json.loads((tmp_path / "run" / "a.json").read_text()) == {"value": 0.5}
 
 

@@ -16,6 +16,7 @@ import pytest
 from command import Command, Outcome, save_model, small_suite, write_suite, write_text
 from hypothesis import given
 from hypothesis import strategies as st
+from test_runs import counted, interrupt_after
 from tiny import tiny_model
 
 import secateur
@@ -235,6 +236,25 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, fit_number: int) -> Iterator
     with monkeypatch.context() as patched:
         patched.setattr(Fitting, "_fit", interrupted)
         yield
+
+
+def test_the_cost_of_an_interrupted_run_is_that_of_all_its_sittings(
+    tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with counted(monkeypatch) as models:
+        for count in (2, 7, 9):  # while the unpruned model is measured, and in the middle of repairs
+            with monkeypatch.context() as patch:
+                interrupt_after(patch, count)
+                assert run(call, tmp_path, output, count=2).status == 130
+        outcome = run(call, tmp_path, output, count=2)
+    assert "in 4 sittings: the run was carried on" in outcome.out
+    result = json.loads((output / "generalise.json").read_text())
+    spent = sum(model.usage.forward for model in models)
+    assert 0.98 * spent < result["run"]["tokens_forward"] <= spent
+    assert result["run"]["carried_on"] == 3
+    assert result["run"]["tokens_backward"] == sum(model.usage.backward for model in models)
+    assert 0 < sum(fit["tokens_forward"] for fit in result["fits"]) < result["run"]["tokens_forward"]
+    assert 0 < sum(fit["seconds"] for fit in result["fits"]) < result["run"]["seconds"]
 
 
 def test_mean_ablation_carries_on_with_the_same_random_masks(

@@ -1,27 +1,30 @@
-"""Repairs that are killed at random moments carry on and end like one that was never interrupted."""
+"""Repairs that are killed carry on and end like one that was never interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import save_model, write_suite, write_text
+from command import in_another_process, save_model, write_suite, write_text
 
+from secateur import api
 from secateur.cli import main
 from secateur.evaluation import evaluator
-from secateur.files import MEASURED
+from secateur.files import MEASURED, OutputDirectory
 
 # Attribution measures few masks one after another; annealing many, and learns from every one; attention-pruning all of
 # its own before it learns.
@@ -33,12 +36,37 @@ SETTINGS = {
 }
 IN_FLIGHT = 1  # evaluations are made one after the other
 SAME = ("units", "test", "utility", "verdict", "explanation", "candidates")
+# Where a run is killed that has measured all: by the name of what it calls, and before which of its calls.
+WRITING = {
+    "before a result is written": (OutputDirectory, "write_json", "result.json"),
+    "when a result is written": (OutputDirectory, "write_json", "run.json"),
+    "while a checkpoint is written": (api, "render_card", None),
+    "before all is published": (OutputDirectory, "publish", None),
+    "in the middle of a replacement": (Path, "rename", "run.partial"),
+    "when all is published": (Path, "unlink", "partial.json"),
+}
 
 
-def run(directory: str, output: str, method: str, log: str) -> None:
+def die_before(moment: str) -> None:
+    """Let this process be killed at one of the moments."""
+    owner, name, of = WRITING[moment]
+    call = getattr(owner, name)
+
+    def dying(*given: Any, **told: Any) -> Any:
+        # The directory's or the file's own name, or that of the file that is written into it.
+        if of is None or of in (given[0].name if isinstance(given[0], Path) else None, *given[1:2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given, **told)
+
+    setattr(owner, name, dying)
+
+
+def run(directory: str, output: str, method: str, log: str, *options: str, moment: str | None = None) -> None:
     """One call of the command, in a process of its own, that writes a byte for every figure that it has measured."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if moment is not None:
+        die_before(moment)
     note = os.open(log, os.O_WRONLY | os.O_APPEND)
 
     def noted(measure: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +84,7 @@ def run(directory: str, output: str, method: str, log: str) -> None:
     chosen = ["--method", method]
     for pair in SETTINGS[method]:
         chosen += ["--set", pair]
-    sys.argv = ["secateur", "repair", *inputs, *limits, *chosen, "-o", output]
+    sys.argv = ["secateur", "repair", *inputs, *limits, *chosen, *options, "-o", output]
     main()
 
 
@@ -71,7 +99,7 @@ def stored(directory: Path) -> int:
             return 0
 
 
-def wait(process: multiprocessing.process.BaseProcess, log: Path, figures: int, seconds: float) -> None:
+def wait(process: BaseProcess, log: Path, figures: int, seconds: float) -> None:
     """Let a process measure so many figures, and go on for a moment more; the end of the process ends it.
 
     Most of a short run is its start, so a moment by the clock would hardly ever come while it measures.
@@ -87,16 +115,10 @@ def test_a_repair_survives_kills_at_random_moments(tmp_path: Path, method: str) 
     save_model(tmp_path / "model", seed=2)
     write_suite(tmp_path)
     write_text(tmp_path)
-    # A fresh process for every call, without the seconds that imports take: a fork of one that has imported.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kill"])
 
-    def start(output: Path) -> multiprocessing.process.BaseProcess:
+    def start(output: Path) -> BaseProcess:
         log_of(output).touch()
-        given = (str(tmp_path), str(output), method, str(log_of(output)))
-        process = context.Process(target=run, args=given)
-        process.start()
-        return process
+        return in_another_process(run, str(tmp_path), str(output), method, str(log_of(output)))
 
     def log_of(output: Path) -> Path:
         return output.with_name(output.name + ".log")
@@ -133,8 +155,45 @@ def test_a_repair_survives_kills_at_random_moments(tmp_path: Path, method: str) 
             assert 0 <= now - before <= (IN_FLIGHT if is_killed else 0)
             before = now
         found.append(output)
-    expected = json.loads((whole / "result.json").read_text())
     for output in found:
-        result = json.loads((output / "result.json").read_text())
-        assert {key: result[key] for key in SAME} == {key: expected[key] for key in SAME}
-        assert (output / "mask.safetensors").read_bytes() == (whole / "mask.safetensors").read_bytes()
+        assert_same(output, whole)
+
+
+def assert_same(output: Path, whole: Path) -> None:
+    """A run has found the same as another one."""
+    result, expected = (json.loads((place / "result.json").read_text()) for place in (output, whole))
+    assert {key: result[key] for key in SAME} == {key: expected[key] for key in SAME}
+    assert (output / "mask.safetensors").read_bytes() == (whole / "mask.safetensors").read_bytes()
+
+
+def test_a_repair_survives_kills_while_it_writes(tmp_path: Path) -> None:
+    """In the place of an older run, which is there until the new one is."""
+    save_model(tmp_path / "model", seed=2)
+    write_suite(tmp_path)
+    write_text(tmp_path)
+    log = tmp_path / "log"
+    log.touch()
+    output, whole = tmp_path / "runs" / "run", tmp_path / "whole"
+
+    def repair(output: Path, moment: str | None = None) -> int | None:
+        options = (str(tmp_path), str(output), "attribution", str(log), "--overwrite")
+        process = in_another_process(partial(run, moment=moment), *options)
+        process.join()
+        return process.exitcode
+
+    assert repair(whole) in (0, 3)
+    for moment in WRITING:
+        output.mkdir(parents=True)
+        (output / "older.txt").write_text("older")
+        assert repair(output, moment) == -signal.SIGKILL
+        older = output if moment != "in the middle of a replacement" else output.with_name(".secateur-old-run")
+        assert (older / "older.txt").exists() == (moment != "when all is published"), moment
+        before = log.stat().st_size
+        assert repair(output) in (0, 3)
+        again = log.stat().st_size - before
+        assert (again > 0) == (moment == "when all is published"), f"{moment}: {again} figures were measured again"
+        assert_same(output, whole)
+        assert not (output / "older.txt").exists()
+        assert [path.name for path in output.parent.iterdir()] == ["run"]
+        assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
+        shutil.rmtree(output)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
+import shutil
 import sqlite3
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command import Command, save_model, write_suite, write_text
+from command import Command, in_another_process, save_model, write_suite, write_text
 
 import secateur
-from secateur.errors import DataError, NumericalError
+from secateur.cli import main
+from secateur.errors import DataError, NumericalError, OutputError
 from secateur.evaluation import Evaluator
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, STATE
-from secateur.models import precision
+from secateur.files import MEASURED, STATE, OutputDirectory
+from secateur.models import LanguageModel, precision
+from secateur.reports.terminal import READERS
 from secateur.studies import record
-from secateur.studies.runs import interrupted_run, list_runs, read_run
+from secateur.studies.runs import RESULTS, interrupted_run, list_runs, read_run
 
 PASSING = 2
 
@@ -73,6 +81,104 @@ def test_an_interrupted_repair_is_listed_and_carried_on(
     assert one["candidates"] == other["candidates"]
     assert one["test"] == other["test"]
     assert [run.finished for run in list_runs(output.parent)] == [True, True]
+
+
+def test_ctrl_c_says_how_to_carry_on_where_there_is_something_to_carry_on(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        stopped = call(*arguments(inputs, output))
+        for command in ("repair", "compare"):
+            named = output.with_name(f"a {command}")
+            told = f"carries on with what was measured; secateur show '{named}' tells what it has found so far."
+            assert call(*arguments(inputs, named, command)).err == f"Interrupted. The same command {told}\n"
+        audit = call("audit", "-m", inputs / "model", "-s", inputs / "small.yaml", "-o", output.with_name("audit"))
+        patch.setattr("secateur.load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        begun = call(*arguments(inputs, output.with_name("begun")))
+    assert (stopped.status, audit.status, begun.status) == (130, 130, 130)
+    assert f"secateur show {output} tells" in stopped.err
+    assert (audit.err, begun.err) == ("Interrupted.\n", "Interrupted.\n")
+    for name in ("audit", "begun"):
+        assert not partial_of(output.with_name(name)).exists()
+
+
+@pytest.mark.parametrize("command", ["repair", "compare"])
+def test_the_cost_of_a_run_is_that_of_all_its_sittings(
+    command: str, inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with counted(monkeypatch) as models:
+        # The first time before there are candidates.
+        for count in (1, 6, 3):
+            with monkeypatch.context() as patch:
+                interrupt_after(patch, count)
+                assert call(*arguments(inputs, output, command), *methods_of(command)).status == 130
+        change(partial_of(output) / STATE, later=lambda state: add_a_day(state["costs"]))
+        done = call(*arguments(inputs, output, command), *methods_of(command))
+    assert done.status in (0, 3)
+    assert "in 4 sittings: the run was carried on" in done.out
+    result = json.loads((output / f"{'result' if command == 'repair' else command}.json").read_text())
+    cost = result if command == "repair" else result["run"]
+    assert len(models) == 4
+    assert cost["carried_on"] == 3
+    # What is spent between two steps is noted at the next one, which a run that is stopped does not come to.
+    spent = sum(model.usage.forward for model in models)
+    assert 0.98 * spent < cost["tokens_forward"] <= spent
+    assert cost["tokens_backward"] == sum(model.usage.backward for model in models)
+    assert cost["seconds"] > DAY
+    for found in result.get("methods", []):
+        assert found["tokens_forward"] >= found["localise_tokens"]
+    assert "sittings</th><td>4: the run was carried on" in "".join((output / "report.html").read_text().split("\n"))
+    assert "in 4 sittings" in call("show", output).out or command == "compare"
+
+
+DAY = 86_400.0
+
+
+def add_a_day(costs: dict[str, Any]) -> None:
+    """To what the part of a run has cost that it is at."""
+    part = [name for name in costs if not name.endswith("to find the units")][-1]
+    costs[part]["seconds"] += DAY
+
+
+def methods_of(command: str) -> tuple[str, ...]:
+    return ("--methods", "attribution,random") if command == "compare" else ()
+
+
+@contextlib.contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LanguageModel]]:
+    """The models that are loaded while the context lasts; they count the tokens that go through them."""
+    load, models = secateur.load, list[LanguageModel]()
+
+    def loading(*given: Any, **told: Any) -> LanguageModel:
+        models.append(load(*given, **told))
+        return models[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(secateur, "load", loading)
+        yield models
+
+
+def test_a_kill_loses_little_of_the_cost(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is noted while steps go on, and not only by what stops a run."""
+    monkeypatch.setattr("secateur.api.COST_EVERY", 0.0)
+    told = []
+    evaluate = Evaluator.evaluate
+
+    def look(self: Evaluator, *given: Any, **options: Any) -> Any:
+        found = evaluate(self, *given, **options)
+        told.append((read_state(output)["costs"], self.model.usage.forward))
+        return found
+
+    monkeypatch.setattr(Evaluator, "evaluate", look)
+    assert call(*arguments(inputs, output)).status in (0, 3)
+    assert any(costs and costs[""]["tokens_forward"] == spent for costs, spent in told)
+
+
+def read_state(output: Path) -> dict[str, Any]:
+    return dict(json.loads((partial_of(output) / STATE).read_text()))
 
 
 def test_a_run_is_carried_on_from_anywhere_and_keeps_its_start(
@@ -157,7 +263,7 @@ def test_a_run_carries_on_in_the_precision_that_was_measured_at_its_start(
     assert model["matmul_precision"] == model["precision_trial"]["chosen"] == "medium"
 
 
-def test_every_kind_of_run_has_its_summary(tmp_path: Path) -> None:
+def test_every_kind_of_run_has_its_summary(tmp_path: Path, call: Command) -> None:
     interval = {"value": 0.4, "low": 0, "high": 1}
     contents: dict[str, dict[str, Any]] = {
         "result.json": {"suite": "s", "model": "m", "verdict": "verified", "test": {"reduction": interval}},
@@ -167,11 +273,19 @@ def test_every_kind_of_run_has_its_summary(tmp_path: Path) -> None:
         },
         "audit.json": {"suite": "s", "bias": interval},
         "localise.json": {"suite": "s", "method": "magnitude"},
+        "slim.json": {
+            "suite": "s",
+            "parameters": [100, 80],
+            "decode": {"ratio": {"value": 1.25}},
+            "test": {"reduction": interval},
+            "run": {"started": "2031-05-01T12:34:56+00:00"},
+        },
     }
     for name, content in contents.items():
         directory = tmp_path / name.removesuffix(".json")
         directory.mkdir()
         (directory / name).write_text(json.dumps(content))
+    (tmp_path / "result" / "run.json").write_text('{"started": "2031-05-02T12:34:56+00:00"}')
     (tmp_path / "other").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "result.json").write_text("{")
@@ -182,7 +296,15 @@ def test_every_kind_of_run_has_its_summary(tmp_path: Path) -> None:
         "compare": "best: b, bias -40%",
         "audit": "bias B 0.40",
         "localise": "scores of magnitude",
+        "slim": "20% fewer parameters, 1.25 times the speed, bias -40%",
     }
+    listed = call("runs", tmp_path).out
+    assert "repair s m 2031-05-02 12:34 verified: bias -40%" in listed
+    assert "slim s 2031-05-01 12:34 20% fewer" in listed
+
+
+def test_every_kind_of_result_can_be_shown() -> None:
+    assert set(RESULTS.values()) == set(READERS)
 
 
 def test_what_cannot_be_listed_or_carried_on_is_said(tmp_path: Path, call: Command) -> None:
@@ -191,6 +313,114 @@ def test_what_cannot_be_listed_or_carried_on_is_said(tmp_path: Path, call: Comma
     with pytest.raises(DataError):
         interrupted_run(tmp_path)
     assert read_run(tmp_path) is None
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_directory_by_a_path_without_its_name(
+    place: str, tmp_path: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert f"'{place}' holds no result of Secateur" in call("show", place).refusal
+    assert f"'{place}' holds no interrupted run" in call("runs", "--resume", place).refusal
+
+
+@pytest.mark.parametrize("where", ["run", "run.partial"])
+def test_the_run_of_the_current_directory(
+    where: str, tmp_path: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run.partial", ("suites", "show", "occupations"))
+    (tmp_path / where).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / where)
+    assert "Interrupted repair" in call("show", ".").out
+    assert "occupations (version" in call("runs", "--resume", ".").out
+
+
+def begin(arguments: list[str], parent: Connection) -> None:
+    """A run of the command that stops before its sixth measurement until it is told to go on."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    evaluate, seen = Evaluator.evaluate, []
+
+    def wait(self: Evaluator, *given: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 6:
+            parent.send("waits")
+            with contextlib.suppress(EOFError):
+                parent.recv()
+        return evaluate(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", wait)
+        patch.setattr(sys, "argv", ["secateur", *arguments])
+        main()
+
+
+@contextlib.contextmanager
+def running(arguments: list[str | Path]) -> Iterator[BaseProcess]:
+    """Another process that runs the command, and that goes on when the context ends."""
+    child, parent = multiprocessing.Pipe()
+    process = in_another_process(begin, [str(argument) for argument in arguments], parent)
+    parent.close()
+    try:
+        assert child.recv() == "waits"
+        yield process
+    finally:
+        child.close()
+        process.join()
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by a kill"])
+def test_a_run_under_way_is_shown_and_left_alone(ends: str, inputs: Path, output: Path, call: Command) -> None:
+    given = arguments(inputs, output)
+    with running(given) as process:
+        who = f"is being written by another process (PID {process.pid} on "
+        shutil.move(inputs / "model", inputs / "moved")  # is said before any model is loaded
+        for again in (given, [*given, "--seed", "1", "--overwrite"], ["runs", "--resume", output]):
+            assert who in call(*again).refusal
+        shutil.move(inputs / "moved", inputs / "model")
+        model = secateur.load(inputs / "model", device="cpu")
+        with pytest.raises(OutputError, match="being written by another process"):
+            secateur.audit(model, inputs / "small.yaml", output=output, overwrite=True)
+        (run,) = list_runs(output.parent)
+        assert (run.finished, run.study, run.holder is None) == (False, "repair", False)
+        listed = call("runs", output.parent).out
+        assert f"running (PID {process.pid} on " in listed
+        assert "interrupted" not in listed
+        shown = call("show", output).out
+        assert "Running repair of suite small" in shown
+        assert "carries on" not in shown
+        if ends == "by a kill":
+            process.kill()
+    if ends == "by itself":
+        assert process.exitcode in (0, 3)
+        assert [run.finished for run in list_runs(output.parent)] == [True]
+    else:
+        assert "interrupted, " in call("runs", output.parent).out
+        assert "Carrying on an interrupted run" in call(*given).out
+    assert [path.name for path in output.parent.iterdir()] == ["run"]
+
+
+def test_a_run_under_way_that_cannot_be_carried_on_is_shown(tmp_path: Path, call: Command) -> None:
+    with contextlib.closing(OutputDirectory.open(tmp_path / "audit")):
+        assert f"running (PID {os.getpid()} on " in call("runs", tmp_path).out
+        assert "Another process is writing it (PID" in call("show", tmp_path / "audit").out
+        assert "is being written by another process" in call("runs", "--resume", tmp_path / "audit").refusal
+    assert list_runs(tmp_path) == []
+
+
+def test_a_refused_command_leaves_nothing_locked(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = secateur.load(inputs / "model", device="cpu")
+    leave(inputs, output, call, monkeypatch)
+    told: dict[str, Any] = {"utility_text": inputs / "neutral.txt", "control_suite": None, "output": output}
+    refusals = []  # errors keep alive what they have come through
+    for _ in range(2):
+        with pytest.raises(OutputError, match="interrupted run with other settings") as refused:
+            secateur.repair(model, inputs / "small.yaml", seed=5, **told)
+        refusals.append(refused)
+    assert "Carrying on an interrupted run" in call(*arguments(inputs, output)).out
 
 
 def test_too_little_memory_is_said_and_loses_nothing(
@@ -288,8 +518,9 @@ def leave(inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyP
     return partial_of(output)
 
 
-def change(state: Path, **fields: Any) -> None:
+def change(state: Path, later: Callable[[dict[str, Any]], None] = lambda _: None, **fields: Any) -> None:
     content = json.loads(state.read_text())
+    later(content)
     content["key"].update(fields.pop("key", {}))
     state.write_text(json.dumps({**content, **fields}))
 
@@ -312,6 +543,7 @@ def test_a_run_of_another_version_is_named_as_such(
     ("command", "fields"),
     [
         ("repair", {"format": 99}),
+        ("repair", {"costs": {"": {"colour": "red"}}}),
         ("compare", {"methods": [{"name": "attribution", "colour": "red"}]}),
         ("compare", {"methods": None}),
     ],
@@ -369,8 +601,29 @@ def test_a_run_does_not_carry_on_with_a_store_that_is_not_its_own(
     spoil(store)
     before = store.read_bytes()
     for again in (arguments(inputs, output), ["runs", "--resume", output]):
-        assert said in call(*again).refusal
+        refusal = call(*again).refusal
+        assert said in refusal
+        assert "remove it, name another output directory, or add --overwrite to start afresh" in refusal
         assert store.read_bytes() == before
+    afresh = call(*arguments(inputs, output), "--overwrite")
+    assert afresh.status in (0, 3)
+    assert "Carrying on" not in afresh.out
+
+
+def test_overwrite_carries_on_with_a_store_that_can_be_read(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(inputs, output, call, monkeypatch)
+    assert "Carrying on an interrupted run" in call(*arguments(inputs, output), "--overwrite").out
+
+
+def test_a_run_goes_on_without_the_store_that_was_removed(
+    inputs: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = leave(inputs, output, call, monkeypatch) / MEASURED
+    damage(store)
+    store.unlink()
+    assert call(*arguments(inputs, output)).status in (0, 3)
 
 
 def test_a_run_does_not_carry_on_with_a_locked_store(
@@ -382,7 +635,8 @@ def test_a_run_does_not_carry_on_with_a_locked_store(
         holder.execute("PRAGMA locking_mode = EXCLUSIVE")
         holder.execute("BEGIN EXCLUSIVE")
         before = store.read_bytes()
-        assert "is locked by another process" in call(*arguments(inputs, output)).refusal
+        for options in ((), ("--overwrite",)):
+            assert "is locked by another process" in call(*arguments(inputs, output), *options).refusal
         assert store.read_bytes() == before
     assert call(*arguments(inputs, output)).status in (0, 3)
 

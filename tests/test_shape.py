@@ -8,7 +8,7 @@ from pathlib import Path
 import secateur
 
 ORDER = (
-    ("errors", "files", "progress"),
+    ("errors", "files", "locking", "progress"),
     ("models",),
     ("suites", "units", "attenuation", "weights"),
     ("measures",),

@@ -203,6 +203,14 @@ def test_the_command(tmp_path: Path, call: Command) -> None:
     assert secateur.load_plan(tmp_path / "slim" / "checkpoint" / "secateur").mask.neurons_removed == 16
     assert "perplexity" in (tmp_path / "slim" / "checkpoint" / "README.md").read_text()
     assert "fewer parameters" in (tmp_path / "slim" / "report.html").read_text()
+    listed, shown = call("runs", tmp_path), call("show", tmp_path / "slim")
+    assert f"slim small {tmp_path / 'model'} {written['run']['started'][:16].replace('T', ' ')}" in listed.out
+    assert "fewer parameters" in listed.out
+    assert shown.status == 0
+    for line in ("40 neurons and 2 KV heads in every layer", "Held-out bias B", "Perplexity", "Decoding speed"):
+        assert line in shown.out
+    before, after = (f"{count / 1e6:,.1f} M" for count in written["parameters"])
+    assert f"Parameters {before} -> {after}, -" in shown.out
     secateur.Plan(Mask.removing(model, [20, 21]), {"suite": str(tmp_path / "small.yaml")}).save(tmp_path / "plan")
     again = call(
         *("slim", tmp_path / "plan", *told, "-o", tmp_path / "from-plan", "--no-calibrate", "--importance", "data")

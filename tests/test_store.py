@@ -16,7 +16,7 @@ from test_scoring import means_of, model_of, prompts_of, some_mask, text_of
 
 from secateur.errors import NumericalError, StoreError
 from secateur.evaluation import Evaluator
-from secateur.evaluation.store import Store
+from secateur.evaluation.store import REMEDY, Store, is_usable
 from secateur.units import Mask
 
 MODEL = "fingerprint"
@@ -80,7 +80,9 @@ def refusal(path: Path, model: str = MODEL) -> str:
     before = path.read_bytes()
     with pytest.raises(StoreError) as caught:
         Store(path, model, wait=0.1)
+    assert not is_usable(path, model)
     assert path.read_bytes() == before, "a refused store is left as it was"
+    assert REMEDY in str(caught.value)
     return str(caught.value)
 
 
@@ -110,6 +112,29 @@ def test_another_database_is_refused(path: Path) -> None:
 def test_a_damaged_file_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert "is damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("spoilt", ["page", "figure"])
+def test_a_store_with_one_damaged_part_opens_and_is_found_out(spoilt: str, path: Path) -> None:
+    with Store(path, MODEL) as store:
+        for number in range(200):
+            store.put("fit", bytes([number]), {"y": np.arange(60.0)})
+    assert is_usable(path, MODEL)
+    if spoilt == "page":
+        content = bytearray(path.read_bytes())
+        content[-4096:] = b"x" * 4096
+        path.write_bytes(content)
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE measured SET value = x'00' WHERE mask = x'64'")
+        connection.close()
+    with Store(path, MODEL):
+        assert not is_usable(path, MODEL)
+
+
+def test_no_store_is_as_good_as_one(path: Path) -> None:
+    assert is_usable(path, MODEL)
+    assert not path.exists()
 
 
 def test_a_locked_store_is_said(path: Path) -> None:

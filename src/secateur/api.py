@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.attenuation import Attenuation
 from secateur.evaluation.cluster import Cluster, check_address
-from secateur.evaluation.store import Store
+from secateur.evaluation.store import Store, is_usable
 from secateur.files import LEFT_BEHIND, MEASURED, STATE, OutputDirectory, to_json, write_text, writing
 from secateur.measures.answers import DEFAULT_BATCH_SIZE
 from secateur.measures.prompts import ChatMode
@@ -48,7 +49,7 @@ from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
 from secateur.studies.reach import Fit, GeneraliseResult
-from secateur.studies.record import now
+from secateur.studies.record import Cost, Costs, now
 from secateur.studies.repair import RepairResult, RepairSettings
 from secateur.studies.slim import SlimResult, SlimSettings
 from secateur.studies.verification import Verification, VerificationSettings
@@ -67,6 +68,7 @@ METHODS_ASKED = ("methods", "options")
 UNREADABLE = "in a form that this version of Secateur cannot carry on: name another directory, or add --overwrite."
 Left = TypeVar("Left")
 STATE_FORMAT = 1  # of what an interrupted run leaves; another number for other fields or meanings
+COST_EVERY = 10.0  # seconds between two notes of what a run has cost: a kill loses no more of it
 
 
 def audit(
@@ -164,27 +166,26 @@ def repair(
             return repairs.repair(model, suite, chosen, progress=progress, cluster=cluster)
     check_ablation_fits(model, chosen.ablation)
     repairs.check_method(model, suite, chosen)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES + model.weight_bytes, carry_on=True)
     key = _run_key("repair", model, [suite], chosen)
-    carries_on = _left_by(directory, key, read=bool)
-    with writing(directory, carry_on=True):
+    directory, carries_on = _opened(output, overwrite, SPARE_BYTES + model.weight_bytes, key, read=bool)
+    with writing(directory, carry_on=True), _State.kept(directory, key, model, [suite], {}) as state:
         if carries_on:
             progress.say("Carrying on an interrupted run; what it has measured is not measured again")
-
-        head = _head(directory, key, model, [suite])
-
-        def save(state: dict[str, Any]) -> None:
-            directory.write_json(STATE, {**head, **state})
-
-        save({})
         with (
             Store(directory.staging / MEASURED, model.fingerprint) as store,
             _actors(ray, model, progress) as cluster,
         ):
             result = repairs.repair(
-                model, suite, chosen, progress=progress, save_partial=save, store=store, cluster=cluster
+                model,
+                suite,
+                chosen,
+                progress=progress,
+                save_partial=state.save,
+                costs=state.costs,
+                store=store,
+                cluster=cluster,
             )
-        result.run["started"] = head["started"]
+        result.run["started"] = state.started
         _write_repair(result, model, directory)
     (directory.target / STATE).unlink(missing_ok=True)
     return result
@@ -322,23 +323,21 @@ def compare(
         with _actors(ray, model, progress) as cluster:
             return comparisons.compare(model, suite, chosen, progress=progress, cluster=cluster)
     comparisons.check_methods(model, suite, chosen)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("compare", model, [suite], chosen, METHODS_ASKED)
-    left = _left_by(directory, key, read=_methods_of)
+    directory, left = _opened(output, overwrite, SPARE_BYTES, key, read=_methods_of)
     done = left or {}
-    with writing(directory, keep=True):
+
+    def finished() -> dict[str, Any]:
+        return {"methods": [asdict(one) for one in done.values()]}
+
+    with writing(directory, keep=True), _State.kept(directory, key, model, [suite], finished()) as state:
         if left is not None:
             progress.say(f"Carrying on an interrupted run; finished: {', '.join(done) or 'no method yet'}")
-        head = _head(directory, key, model, [suite])
-
-        def save() -> None:
-            directory.write_json(STATE, {**head, "methods": [asdict(one) for one in done.values()]})
 
         def remember(found: MethodResult) -> None:
             done[found.name] = found
-            save()
+            state.save(finished())
 
-        save()
         with (
             Store(directory.staging / MEASURED, model.fingerprint) as store,
             _actors(ray, model, progress) as cluster,
@@ -350,10 +349,11 @@ def compare(
                 progress=progress,
                 remembered=dict(done),
                 remember=remember,
+                costs=state.costs,
                 store=store,
                 cluster=cluster,
             )
-        result.run["started"] = head["started"]
+        result.run["started"] = state.started
         directory.write_json("compare.json", result.as_dict())
         write_text(directory.staging / "compare.csv", result.csv())
         write_text(directory.staging / "report.html", render_compare(result))
@@ -397,36 +397,33 @@ def generalise(
     if output is None:
         with _actors(ray, model, progress) as cluster:
             return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
-    directory = OutputDirectory.open(output, overwrite, SPARE_BYTES, carry_on=True)
     key = _run_key("generalise", model, asked, chosen, (*METHODS_ASKED, "modes", "scenarios_left_out"))
-    left = _left_by(directory, key, read=_reach_of)
+    directory, left = _opened(output, overwrite, SPARE_BYTES, key, read=_reach_of)
     done, singles = left or ({}, {})
-    with writing(directory, keep=True):
+
+    def finished() -> dict[str, Any]:
+        return {
+            "fits": [asdict(one) for one in done.values()],
+            "singles": [asdict(one) for one in singles.values()],
+        }
+
+    with writing(directory, keep=True), _State.kept(directory, key, model, asked, finished()) as state:
         if left is not None:
             progress.say(f"Carrying on an interrupted run; repairs that are there: {len(done)}")
-        head = _head(directory, key, model, asked)
 
         def place(fit: Fit) -> Path:
             return directory.staging / "plans" / fit.name
-
-        def save() -> None:
-            made = {
-                "fits": [asdict(one) for one in done.values()],
-                "singles": [asdict(one) for one in singles.values()],
-            }
-            directory.write_json(STATE, {**head, **made})
 
         def remember(fit: Fit, plan: Plan | None) -> None:
             if plan is not None:
                 plan.save(place(fit))
             done[fit.method, fit.source] = fit
-            save()
+            state.save(finished())
 
         def remember_singles(found: OneByOne) -> None:
             singles[found.method, found.suite] = found
-            save()
+            state.save(finished())
 
-        save()
         with (
             Store(directory.staging / MEASURED, model.fingerprint) as store,
             _actors(ray, model, progress) as cluster,
@@ -443,10 +440,11 @@ def generalise(
                 remember=remember,
                 remembered_singles=dict(singles),
                 remember_singles=remember_singles,
+                costs=state.costs,
                 store=store,
                 cluster=cluster,
             )
-        result.run["started"] = head["started"]
+        result.run["started"] = state.started
         directory.write_json("generalise.json", result.as_dict())
         for name, text in result.tables().items():
             write_text(directory.staging / name, text)
@@ -491,21 +489,79 @@ def _run_key(
     return dict(json.loads(to_json(key)))
 
 
-def _head(
-    directory: OutputDirectory, key: dict[str, Any], model: LanguageModel, suites: Sequence[Suite]
-) -> dict[str, Any]:
-    """What the state of every run begins with; one that is carried on keeps its start."""
-    left = directory.read_json(STATE) or {}
-    is_command = Path(*sys.argv[:1]).name == "secateur"
-    return {
-        "format": STATE_FORMAT,
-        "key": key,
-        "suite": ", ".join(suite.name for suite in suites),
-        "source": model.source,
-        "command": sys.argv[1:] if is_command else [],
-        "directory": str(Path.cwd()),
-        "started": left.get("started") or now(),
-    }
+@dataclass(eq=False)
+class _State:
+    """What a run leaves in ``partial.json`` to be carried on from.
+
+    Attributes
+    ----------
+    content: what the run is, when it was started, and what its study adds. costs: of this sitting and earlier ones.
+    """
+
+    directory: OutputDirectory
+    content: dict[str, Any]
+    costs: Costs
+    _saved: float = field(init=False, default_factory=time.monotonic)
+
+    @classmethod
+    @contextmanager
+    def kept(
+        cls,
+        directory: OutputDirectory,
+        key: dict[str, Any],
+        model: LanguageModel,
+        suites: Sequence[Suite],
+        told: dict[str, Any],
+    ) -> Iterator[_State]:
+        """Keep the state while the context lasts: from its beginning on, and up to what stops it.
+
+        One that is carried on keeps its start, and adds to its costs.
+
+        Parameters
+        ----------
+        told: what the study has to tell from the beginning.
+        """
+        left = directory.read_json(STATE) or {}
+        is_command = Path(*sys.argv[:1]).name == "secateur"
+        content = {
+            "format": STATE_FORMAT,
+            "key": key,
+            "suite": ", ".join(suite.name for suite in suites),
+            "source": model.source,
+            "command": sys.argv[1:] if is_command else [],
+            "directory": str(Path.cwd()),
+            "started": left.get("started") or now(),
+        }
+        state = cls(directory, content, _costs_of(left))
+        state.costs.changed = state._tick
+        state.save(told)
+        try:
+            yield state
+        except BaseException:
+            with suppress(OSError):  # what stops the run is to be told, not that its cost cannot be
+                state.save({})
+            raise
+
+    @property
+    def started(self) -> str:
+        return str(self.content["started"])
+
+    def save(self, told: dict[str, Any]) -> None:
+        """Write the state, with what the study has to add or to tell anew."""
+        self.content |= told
+        costs = {"costs": {part: asdict(cost) for part, cost in self.costs.parts.items()}}
+        self.directory.write_json(STATE, {**self.content, "carried_on": self.costs.carried_on, **costs})
+        self._saved = time.monotonic()
+
+    def _tick(self) -> None:
+        if time.monotonic() - self._saved >= COST_EVERY:
+            self.save({})
+
+
+def _costs_of(state: dict[str, Any]) -> Costs:
+    """What a run has cost that is now carried on, or of an empty state begun."""
+    parts = {part: Cost(**spent) for part, spent in state.get("costs", {}).items()}
+    return Costs(parts, carried_on=state.get("carried_on", 0) + 1 if state else 0)
 
 
 def _methods_of(state: dict[str, Any]) -> dict[str, MethodResult]:
@@ -520,8 +576,10 @@ def _reach_of(state: dict[str, Any]) -> tuple[dict[FitKey, Fit], dict[FitKey, On
     return fits, {(one["method"], one["suite"]): OneByOne.from_dict(one) for one in state.get("singles", [])}
 
 
-def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[dict[str, Any]], Left]) -> Left | None:
-    """What an interrupted run with the same key left; None where there is none.
+def _opened(
+    output: str | Path, overwrite: bool, needed_bytes: int, key: dict[str, Any], read: Callable[[dict[str, Any]], Left]
+) -> tuple[OutputDirectory, Left | None]:
+    """An output directory, and what an interrupted run with the same key left there; None where there is none.
 
     Parameters
     ----------
@@ -529,13 +587,27 @@ def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[di
 
     Raises
     ------
-    OutputError: there is one that cannot be carried on by this command, and nobody said that it may be replaced.
+    OutputError: the directory exists, cannot be written or is being written; or there is an interrupted run that cannot
+        be carried on by this command, and nobody said that it may be replaced.
+    StoreError: nobody can tell whether its measurements can be carried on with.
     """
+    directory = OutputDirectory.open(output, overwrite, needed_bytes, carry_on=True)
+    try:
+        return directory, _left_by(directory, key, read)
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _left_by(directory: OutputDirectory, key: dict[str, Any], read: Callable[[dict[str, Any]], Left]) -> Left | None:
+    """What an interrupted run left, see :func:`_opened`."""
     state, refusal = directory.read_json(STATE), LEFT_BEHIND
     if isinstance(state, dict):
         other = _other(state, key, directory.target)
-        if not other:
+        store = directory.staging / MEASURED
+        if not other and (not directory.overwrite or is_usable(store, key["model"])):
             try:
+                _costs_of(state)  # read again with the rest of the state, when it is known to be carried on
                 return read(state)
             except (KeyError, TypeError, ValueError, AttributeError):
                 other = UNREADABLE

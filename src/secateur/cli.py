@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -226,9 +227,10 @@ def repair(
     secateur.RepairSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
-    result = secateur.repair(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
-    )
+    with _carried_on(output):
+        result = secateur.repair(
+            loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
+        )
     console.print(repair_table(result))
     for line in repair_lines(result):
         console.print(escape(line))
@@ -298,9 +300,10 @@ def compare(
     secateur.CompareSettings(**told).check()
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
-    result = secateur.compare(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
-    )
+    with _carried_on(output):
+        result = secateur.compare(
+            loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
+        )
     console.print(compare_table(result))
     for line in compare_lines(result):
         console.print(escape(line))
@@ -389,9 +392,10 @@ def generalise(
     check_suites(asked, chosen)
     _check_output(output, overwrite)
     loaded = _load(model, dtype, device, device_map, trust_remote_code, matmul_precision)
-    result = secateur.generalise(
-        loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
-    )
+    with _carried_on(output):
+        result = secateur.generalise(
+            loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
+        )
     for table in generalise_tables(result):
         console.print(table)
     for line in generalise_lines(result):
@@ -808,9 +812,29 @@ def _check_output(output: Path, overwrite: bool) -> None:
     check_target(output, overwrite)
 
 
+class _StoppedError(Exception):
+    """Ctrl-C in a run that can be carried on; says how."""
+
+
+@contextlib.contextmanager
+def _carried_on(output: Path) -> Iterator[None]:
+    """Where Ctrl-C stops a command that writes what it has found, say how to go on."""
+    from secateur.files import STATE, staging_of
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not (staging_of(output) / STATE).is_file():
+            raise
+        shown = shlex.quote(str(output))
+        raise _StoppedError(
+            f"The same command carries on with what was measured; secateur show {shown} tells what it has found so far."
+        ) from stop
+
+
 TOO_LITTLE_MEMORY = (
     "The device has too little memory; lower --batch-size or --masks-at-once, or spread the model with --device-map. "
-    "The same command carries on with what it has measured."
+    "A repair, compare or generalise that is given again carries on with what it has measured."
 )
 
 
@@ -822,6 +846,9 @@ def main() -> None:
     except SecateurError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
+    except _StoppedError as stopped:
+        errors.print(f"Interrupted. {escape(str(stopped))}", soft_wrap=True)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
             raise
@@ -829,7 +856,7 @@ def main() -> None:
         sys.exit(EXIT_BAD_INPUT)
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
-            errors.print("Interrupted. What a repair had found so far is in OUTPUT.partial; see secateur show OUTPUT.")
+            errors.print("Interrupted.")
         raise
 
 

@@ -34,7 +34,11 @@ class SettingError(SecateurError):
 
 
 class StoreError(SecateurError):
-    """A store of measured masks belongs to another model or version, is locked, damaged or cannot be written."""
+    """A store of measured masks is locked, or cannot be opened or written; or one of the following."""
+
+
+class UnusableStoreError(StoreError):
+    """A store of measured masks belongs to another model or version, is none, or is damaged."""
 
 
 class ClusterError(SecateurError):

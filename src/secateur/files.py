@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from secateur.errors import ClusterError, OutputError, SecateurError, StoreError
+from secateur.locking import Lock, LockedError, holder_of
 
 PARTIAL_SUFFIX = ".partial"
 # In the directory of a run that is under way: what it is and how far, and every mask that it has measured.
@@ -26,7 +27,8 @@ LEFT_BEHIND = (
     "files, and no run that can be carried on from them: move it away, name another directory, or add --overwrite to "
     "remove them."
 )
-TEMPORARY = ".secateur-"  # how the name of a file begins that is not yet whole; a kill may leave one
+TEMPORARY = ".secateur-"  # how the name begins of what is not whole yet or on its way out; a kill may leave some
+LOCK = f"{TEMPORARY}lock"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class OutputDirectory:
 
     Until then the files lie in ``NAME.partial`` beside it. After Ctrl-C or a kill that directory
     stays, readable; after an error it is removed, unless it holds what a run has measured, or all that failed was
-    giving it its name. What lies there from before is removed only where ``overwrite`` says so.
+    giving it its name. What lies there from before is removed only where ``overwrite`` says so. From :meth:`open` to
+    :meth:`close` no other process may write it.
     """
 
     target: Path
     staging: Path
     overwrite: bool
+    lock: Lock
 
     @classmethod
     def open(
@@ -54,29 +58,39 @@ class OutputDirectory:
 
         Raises
         ------
-        OutputError: it exists, or files lie in ``NAME.partial`` that are not carried on, and ``overwrite`` is off; it
-            cannot be written, or the disk is too full.
+        OutputError: it exists, or files lie in ``NAME.partial`` that are not carried on, and ``overwrite`` is off;
+            another process is writing it; it cannot be written, or the disk is too full.
         """
         target = check_target(target, overwrite)
-        staging = target.with_name(target.name + PARTIAL_SUFFIX)
+        staging = _beside(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            left = staging.exists()
-            staging.mkdir(exist_ok=True)
-            opened = cls(target, staging, overwrite)
-            if not carry_on:
-                opened.start_afresh(LEFT_BEHIND)
+            opened = cls(target, staging, overwrite, Lock.take(staging, LOCK))
+        except LockedError as error:
+            raise OutputError(_written_by(target, error)) from None
         except OSError as error:
             raise OutputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
-        free = shutil.disk_usage(staging).free
-        if free < needed_bytes:
-            if not (left and carry_on):
-                shutil.rmtree(staging, ignore_errors=True)
-            raise OutputError(
-                f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "
-                f"{needed_bytes / 1e9:.1f} GB are needed."
-            )
+        try:
+            opened._settle_kills()
+            _check_place(target, overwrite)  # another process may have published it until the lock was taken
+            if not carry_on:
+                opened.start_afresh(LEFT_BEHIND)
+            free = shutil.disk_usage(staging).free
+            if free < needed_bytes:
+                raise OutputError(
+                    f"The disk of '{target}' has {free / 1e9:.1f} GB free, but about "
+                    f"{needed_bytes / 1e9:.1f} GB are needed."
+                )
+        except BaseException:
+            opened.close()
+            raise
         return opened
+
+    def close(self) -> None:
+        """Let other processes write the directory; what is in ``NAME.partial`` stays, if anything is."""
+        self.lock.release()
+        with contextlib.suppress(OSError):
+            self.staging.rmdir()
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file, atomically."""
@@ -106,19 +120,51 @@ class OutputDirectory:
                 raise OutputError(f"'{self.target}' has appeared meanwhile and is not replaced; {where}.")
         except OSError as error:
             raise OutputError(f"'{self.target}' cannot be written: {error.strerror or error}; {where}.") from error
+        with contextlib.suppress(OSError):  # what stays is the next run's to remove
+            (self.target / LOCK).unlink(missing_ok=True)
+            self._remove_older()
 
     def _replace(self) -> None:
-        """Put the new directory in the place of the older one, which comes back if that fails."""
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-old-", dir=self.target.parent))
+        """Put the new directory in the place of the older one, which comes back if that fails.
+
+        A kill leaves the older one whole under one of two names; :meth:`_settle_kills` puts that right.
+        """
+        self.target.rename(self._older)
         try:
-            self.target.rename(aside / "old")
             self.staging.rename(self.target)
         except OSError:
-            if (aside / "old").exists():
-                (aside / "old").rename(self.target)
-            aside.rmdir()
+            self._older.rename(self.target)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+
+    @property
+    def _older(self) -> Path:
+        """Where the older directory is until the new one is in its place."""
+        return self.target.with_name(f"{TEMPORARY}old-{self.target.name}")
+
+    def _remove_older(self) -> None:
+        """Remove the older directory, under a name by which half of it is not taken for the whole."""
+        going = self.target.with_name(f"{TEMPORARY}going-{self.target.name}")
+        shutil.rmtree(going, ignore_errors=True)
+        if self._older.exists():
+            self._older.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
+
+    def _settle_kills(self) -> None:
+        """Put right what kills left: files that are not whole, and an older directory on its way out.
+
+        Raises
+        ------
+        OutputError: that cannot be done.
+        """
+        try:
+            for left in self.staging.rglob(f"{TEMPORARY}*"):
+                if left.name != LOCK:
+                    left.unlink()
+            if self._older.exists() and not self.target.exists():
+                self._older.rename(self.target)
+            self._remove_older()
+        except OSError as error:
+            raise OutputError(f"'{self.target}' cannot be written: {error.strerror or error}.") from error
 
     def start_afresh(self, refusal: str) -> None:
         """Remove what lies in the staging directory from before, where that is allowed or nobody can miss it.
@@ -129,17 +175,21 @@ class OutputDirectory:
             Or they cannot be removed.
         """
         try:
-            left = [entry.name for entry in self.staging.iterdir()]
-            if not self.overwrite and any(not name.startswith(TEMPORARY) for name in left):
+            left = [entry for entry in self.staging.iterdir() if entry.name != LOCK]
+            if left and not self.overwrite:
                 raise OutputError(f"'{self.staging}' holds {refusal}")
-            if left:
-                shutil.rmtree(self.staging)
-                self.staging.mkdir()
+            for entry in left:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         except OSError as error:
             raise OutputError(f"'{self.staging}' cannot be emptied: {error.strerror or error}.") from error
 
     def discard(self) -> None:
+        """Remove what was written, and close."""
         shutil.rmtree(self.staging, ignore_errors=True)
+        self.close()
 
 
 def check_target(target: str | Path, overwrite: bool) -> Path:
@@ -147,48 +197,80 @@ def check_target(target: str | Path, overwrite: bool) -> Path:
 
     Raises
     ------
-    OutputError: it exists and ``overwrite`` is off, is a file, or holds the current directory.
+    OutputError: it exists and ``overwrite`` is off, is a file, holds the current directory, or another process is
+        writing it.
     """
     target = Path(target).expanduser().resolve()
+    _check_place(target, overwrite)
+    holder = holder_of(_beside(target) / LOCK)
+    if holder is not None:
+        raise OutputError(_written_by(target, holder))
+    return target
+
+
+def staging_of(directory: Path) -> Path:
+    """``NAME.partial`` of a run's directory, or of this itself; of a place without a name, such as the root, this."""
+    directory = directory.expanduser().resolve()
+    name = directory.name.removesuffix(PARTIAL_SUFFIX)
+    return _beside(directory.with_name(name)) if name else directory
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(target.name + PARTIAL_SUFFIX)
+
+
+def _written_by(target: Path, holder: object) -> str:
+    return (
+        f"'{target}' is being written by another process ({holder}); wait until it is done, or name another directory."
+    )
+
+
+def _check_place(target: Path, overwrite: bool) -> None:
+    """Refuse a place that may not be written, whoever does.
+
+    Raises
+    ------
+    OutputError: as of :func:`check_target`.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"'{target}' is a file, not a directory; name another one.")
     if target == Path.cwd() or target in Path.cwd().parents:
         raise OutputError(f"'{target}' holds the current directory and will not be replaced; name another one.")
     if target.exists() and not overwrite:
         raise OutputError(f"'{target}' exists; name another directory or add --overwrite.")
-    return target
 
 
 @contextlib.contextmanager
 def writing(
     output: OutputDirectory | None, *, keep: bool = False, carry_on: bool = False
 ) -> Iterator[OutputDirectory | None]:
-    """Publish on success, keep the partial state on Ctrl-C, remove it on any error unless ``keep`` is set.
+    """Publish on success, keep the partial state on Ctrl-C, remove it on any error unless ``keep`` is set; then close.
 
     Parameters
     ----------
     carry_on: also keep it where the run has measured masks, or on errors that are not the user's, such as too little
         memory: a run can be carried on.
     """
-    try:
-        yield output
-    except KeyboardInterrupt:
-        raise
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
-        if output is None:
+    with contextlib.nullcontext() if output is None else contextlib.closing(output):
+        try:
+            yield output
+        except KeyboardInterrupt:
             raise
-        if not keep and not carry_on:
-            output.discard()
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
-    except BaseException as error:
-        users = isinstance(error, SecateurError) and not isinstance(error, ClusterError | StoreError)
-        worth = carry_on and output is not None and (not users or has_measured(output.staging))
-        if output is not None and not keep and not worth:
-            output.discard()
-        raise
-    if output is not None:
-        output.publish()
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
+            if output is None:
+                raise
+            if not keep and not carry_on:
+                output.discard()
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"'{output.target}' cannot be written: {reason}.") from error
+        except BaseException as error:
+            users = isinstance(error, SecateurError) and not isinstance(error, ClusterError | StoreError)
+            worth = carry_on and output is not None and (not users or has_measured(output.staging))
+            if output is not None and not keep and not worth:
+                output.discard()
+            raise
+        if output is not None:
+            output.publish()
 
 
 def has_measured(directory: Path) -> bool:

@@ -13,10 +13,11 @@ from typing import Self
 
 import numpy as np
 
-from secateur.errors import StoreError
+from secateur.errors import StoreError, UnusableStoreError
 
 SCHEMA = 1
 WAIT_SECONDS = 30.0
+REMEDY = "remove it, name another output directory, or add --overwrite to start afresh"
 TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE measured (
@@ -40,8 +41,8 @@ class Store:
 
     Raises
     ------
-    StoreError: the file belongs to another model or version, is no store, is locked, or cannot be written. It is
-        left as it was.
+    UnusableStoreError: the file belongs to another model or version, is no store or damaged. It is left as it was.
+    StoreError: it is locked, or cannot be written.
     """
 
     path: Path
@@ -64,7 +65,7 @@ class Store:
             rows = self._connection.execute(
                 "SELECT name, value FROM measured WHERE part = ? AND mask = ?", (part, mask)
             )
-            return {name: np.load(BytesIO(value), allow_pickle=False) for name, value in rows}
+            return {name: _array(value) for name, value in rows}
 
     def put(self, part: str, mask: bytes, figures: dict[str, np.ndarray]) -> None:
         """Add figures of a mask in one step; of figures that are known already, the first stay."""
@@ -77,6 +78,20 @@ class Store:
         with self._explaining():
             count = self._connection.execute("SELECT COUNT(*) FROM (SELECT DISTINCT part, mask FROM measured)")
             return int(count.fetchone()[0])
+
+    def check(self) -> None:
+        """Read all that is there.
+
+        Raises
+        ------
+        UnusableStoreError: some of it cannot be read.
+        """
+        with self._explaining():
+            said = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if said != "ok":
+                raise sqlite3.DatabaseError(said)
+            for (value,) in self._connection.execute("SELECT value FROM measured"):
+                _array(value)
 
     def close(self) -> None:
         self._connection.close()
@@ -96,15 +111,15 @@ class Store:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._lay_out()
         elif "about" not in tables:
-            raise StoreError(f"'{self.path}' is a database, but not a store of measured masks; name another file.")
+            raise UnusableStoreError(f"'{self.path}' is a database, but not a store of measured masks; {REMEDY}.")
         about = dict(self._connection.execute("SELECT name, value FROM about"))
         if about.get("schema") != str(SCHEMA):
-            raise StoreError(
+            raise UnusableStoreError(
                 f"The store '{self.path}' has the schema version {about.get('schema')}, this version of Secateur "
-                f"reads {SCHEMA}; name another file."
+                f"reads {SCHEMA}; {REMEDY}."
             )
         if about.get("model") != self.model:
-            raise StoreError(f"The store '{self.path}' belongs to another model; name another file.")
+            raise UnusableStoreError(f"The store '{self.path}' belongs to another model; {REMEDY}.")
         # A commit survives the process, which is what is asked for; only a crash of the machine may undo the last ones.
         self._connection.execute("PRAGMA synchronous = NORMAL")
 
@@ -142,10 +157,29 @@ class Store:
             if "full" in reason:
                 raise StoreError(f"The disk of the store '{self.path}' is full; free some space.") from error
             raise StoreError(f"The store '{self.path}' cannot be used: {reason}.") from error
-        except (sqlite3.DatabaseError, ValueError) as error:
-            raise StoreError(
-                f"The store '{self.path}' is damaged ({error}); name another file or remove it."
-            ) from error
+        except (sqlite3.DatabaseError, ValueError, EOFError) as error:
+            raise UnusableStoreError(f"The store '{self.path}' is damaged ({error}); {REMEDY}.") from error
+
+
+def is_usable(path: Path, model: str) -> bool:
+    """Whether a file is a store of a model that can be read as a whole, or not there, which is as good.
+
+    Raises
+    ------
+    StoreError: it is locked, or cannot be opened.
+    """
+    if not path.exists():
+        return True
+    try:
+        with Store(path, model) as store:
+            store.check()
+    except UnusableStoreError:
+        return False
+    return True
+
+
+def _array(value: bytes) -> np.ndarray:
+    return np.asarray(np.load(BytesIO(value), allow_pickle=False))
 
 
 def _bytes(value: np.ndarray) -> bytes:

@@ -272,7 +272,7 @@ def _example(suite: Suite) -> str:
 
 
 def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
-    model, versions = run["model"], run["versions"]
+    model, versions, sittings = run["model"], run["versions"], run.get("carried_on", 0) + 1
     return [
         ("model", f"{model['source']} ({model['type']}, {model['dtype']}, {model['device']})"),
         ("fingerprint", model["fingerprint"]),
@@ -281,6 +281,7 @@ def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("suite hash", str(run["settings"]["suite_hash"])),
         ("time", f"{run['seconds']:.0f} s"),
         ("tokens", f"{run['tokens_forward']:,} forward, {run['tokens_backward']:,} backward"),
+        *([("sittings", f"{sittings}: the run was carried on; time and tokens are those of all")] * (sittings > 1)),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ("platform", run["platform"]),
     ]

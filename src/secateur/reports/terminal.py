@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from rich.progress import Progress as RichBars
 from rich.table import Table
 
 from secateur.errors import DataError
-from secateur.files import PARTIAL_SUFFIX
+from secateur.files import LOCK, STATE, staging_of
+from secateur.locking import holder_of
 from secateur.measures.disparity import Interval
 from secateur.measures.prompts import candidate_texts
 from secateur.progress import Advance, Progress
@@ -26,25 +30,45 @@ from secateur.studies.compare import CompareResult, MethodResult
 from secateur.studies.localise import LocaliseResult
 from secateur.studies.reach import GENERALISE_FORMAT, Cell, GeneraliseResult
 from secateur.studies.repair import RepairResult
-from secateur.studies.runs import Run
+from secateur.studies.runs import RESULTS, Run
 from secateur.studies.slim import SlimResult
 from secateur.studies.verification import told_plan
 from secateur.suites import Suite, fill
 
 HOW_TO_CARRY_ON = "The command that began it, or the call from Python, carries on."
+LINE_EVERY = 30.0  # seconds between two lines about a step where the output is no terminal
+Describe = Callable[[str], None]
 
 
 class TerminalProgress(Progress):
-    """One bar per step, with the time left; plain lines where the output is no terminal."""
+    """One bar per step, with the time left; where the output is no terminal, a line now and then that says the same."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
-        self._describe: Callable[[str], None] = lambda _: None
+        self.clock = clock
+        self._describe: Describe = lambda _: None
 
     @contextmanager
     def step(self, description: str, total: int) -> Iterator[Advance]:
-        if not self.console.is_terminal:
-            self.console.print(f"{escape(description)} ...")
+        shown = self._bar if self.console.is_terminal else self._lines
+        with shown(description, total) as (advance, describe):
+            before, self._describe = self._describe, describe
+            try:
+                yield advance
+            finally:
+                self._describe = before
+
+    @contextmanager
+    def _lines(self, description: str, total: int) -> Iterator[tuple[Advance, Describe]]:
+        def tell(line: str) -> None:
+            self.console.print(escape(line), soft_wrap=True, highlight=False)
+
+        tell(f"{description} ...")
+        lines = _Lines(description, total, self.clock, tell)
+        yield lines.advance, lines.describe
+
+    @contextmanager
+    def _bar(self, description: str, total: int) -> Iterator[tuple[Advance, Describe]]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,20 +77,48 @@ class TerminalProgress(Progress):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with RichBars(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
+        with RichBars(*columns, console=self.console) as bars:
             task = bars.add_task(escape(description), total=total)
-            before = self._describe
-            self._describe = lambda words: bars.update(task, description=escape(f"{description}: {words}"))
-            try:
-                yield lambda done: bars.advance(task, done)
-            finally:
-                self._describe = before
+            yield (
+                lambda done: bars.advance(task, done),
+                lambda words: bars.update(task, description=escape(f"{description}: {words}")),
+            )
 
     def status(self, words: str) -> None:
         self._describe(words)
 
     def say(self, message: str) -> None:
         self.console.print(escape(message))
+
+
+@dataclass(eq=False)
+class _Lines:
+    """What lines say of one step: how much is done, what it has reached, and the time left."""
+
+    description: str
+    total: int
+    clock: Callable[[], float]
+    tell: Callable[[str], None]
+    done: int = 0
+    reached: str = ""
+    _begun: float = field(init=False)
+    _told: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begun = self._told = self.clock()
+
+    def describe(self, words: str) -> None:
+        self.reached = words
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        now = self.clock()
+        if now - self._told < LINE_EVERY or not self.done:
+            return
+        self._told = now
+        left = timedelta(seconds=round((now - self._begun) * (self.total - self.done) / self.done))
+        reached = f", {self.reached}" if self.reached else ""
+        self.tell(f"{self.description}: {self.done}/{self.total}{reached}, {left} left")
 
 
 def interval_text(interval: Interval, percent: bool = False) -> str:
@@ -168,10 +220,18 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     lines += [
         *result.get("notes", []),
         f"Verdict: {result['verdict']}. {result['explanation']}",
-        f"{result['seconds']:.0f} s, {result['tokens_forward']:,} tokens forward, "
-        f"{result['tokens_backward']:,} backward",
+        _cost(result),
     ]
     return lines
+
+
+def _cost(told: dict[str, Any]) -> str:
+    """What a run took, in all its sittings."""
+    sittings = told.get("carried_on", 0) + 1  # not in results of older versions
+    return (
+        f"{told['seconds']:.0f} s, {told['tokens_forward']:,} tokens forward, {told['tokens_backward']:,} backward"
+        + (f", in {sittings} sittings: the run was carried on" if sittings > 1 else "")
+    )
 
 
 def verification_lines(result: dict[str, Any]) -> list[str]:
@@ -286,8 +346,7 @@ def compare_lines(result: CompareResult) -> list[str]:
                 f"random: {len(draws)} draws of {'the chosen' if found.reduction else 'one'} size changed the bias by "
                 f"{-max(draws):+.0%} to {-min(draws):+.0%}, mean {-sum(draws) / len(draws):+.0%}"
             )
-    usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
-    return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
+    return [*lines, _cost(result.run)]
 
 
 def generalise_tables(result: GeneraliseResult) -> list[Table]:
@@ -371,8 +430,7 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
             )
     lines += result.notes
     lines += [f"{one.method}, {one.family}: {one.choice}. {one.explanation}" for one in result.advice]
-    usage = f"{result.run['tokens_forward']:,} tokens forward, {result.run['tokens_backward']:,} backward"
-    return [*lines, f"{result.run['seconds']:.0f} s, {usage}"]
+    return [*lines, _cost(result.run)]
 
 
 def _change(change: Interval) -> str:
@@ -403,11 +461,13 @@ def localise_table(result: LocaliseResult, count: int = 15) -> Table:
 def runs_table(runs: list[Run]) -> Table:
     """One line per run."""
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("run", "study", "suite", "result"):
+    for heading in ("run", "study", "suite", "model", "started (UTC)", "result"):
         table.add_column(heading, overflow="fold")
     for run in runs:
-        style = None if run.finished else "dim"
-        table.add_row(escape(str(run.path)), run.study, escape(run.suite), escape(run.summary), style=style)
+        style = None if run.finished else "dim" if run.holder is None else "bold"
+        started = run.started[:16].replace("T", " ")
+        cells = (str(run.path), run.study, run.suite, run.model, started, run.summary)
+        table.add_row(*map(escape, cells), style=style)
     return table
 
 
@@ -424,22 +484,17 @@ def methods_table() -> Table:
 
 
 def show_lines(directory: Path) -> list[str]:
-    """What a run's directory holds, in words.
+    """What a run's directory holds, or ``NAME.partial`` beside it, in words.
 
     Raises
     ------
     DataError: it holds no result that can be read.
     """
-    readers = {
-        "result.json": result_lines,
-        "audit.json": _audit_lines,
-        "compare.json": _compare_lines,
-        "generalise.json": _generalise_lines,
-        "localise.json": _localise_lines,
-        "verify.json": verification_lines,
-        "partial.json": _partial_lines,
-    }
-    for place in (directory, directory.with_name(directory.name + PARTIAL_SUFFIX)):
+    readers: dict[str, Reader] = {name: READERS[study] for name, study in RESULTS.items()}
+    staging = staging_of(directory)
+    holder = holder_of(staging / LOCK)
+    readers[STATE] = lambda state: _partial_lines(state, holder)
+    for place in (directory, staging):
         for name, reader in readers.items():
             file = place / name
             if file.is_file():
@@ -447,6 +502,8 @@ def show_lines(directory: Path) -> list[str]:
                     return reader(json.loads(file.read_text(encoding="utf-8")))
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"'{file}' is not a Secateur result, or is damaged.") from error
+    if holder is not None:
+        return [_running(holder)]
     raise DataError(f"'{directory}' holds no result of Secateur.")
 
 
@@ -502,23 +559,62 @@ def _marks(faults: list[str]) -> str:
     return f" (not proven: {'; '.join(faults)})" if faults else ""
 
 
-def _partial_lines(state: dict[str, Any]) -> list[str]:
+def _slim_lines(result: dict[str, Any]) -> list[str]:
+    size, test, utility = result["size"], result["test"], result["utility"]
+    lines = [
+        f"{result['model']}, suite {result['suite']}: {size['neurons']:,} neurons and {size['kv_heads']} KV heads in "
+        "every layer",
+        f"Held-out bias B   {_interval(test['bias_before'])} -> {_interval(test['bias_after'])}",
+        f"Reduction         {_percent(test['reduction'])}",
+        f"Perplexity        {utility['perplexity_before']:.2f} -> {utility['perplexity_after']:.2f}, "
+        f"{_percent(utility['perplexity_increase'], 2)}",
+    ]
+    for name, title, unit in (
+        ("parameters", "Parameters       ", "M"),
+        ("file_bytes", "Weights on disk  ", "MB"),
+        ("memory_bytes", "Memory           ", "MB"),
+    ):
+        before, after = result[name]
+        lines.append(f"{title} {before / 1e6:,.1f} {unit} -> {after / 1e6:,.1f} {unit}, {after / before - 1:+.1%}")
+    return [*lines, f"Decoding speed    {_interval(result['decode']['ratio'])} times"]
+
+
+def _running(holder: str) -> str:
+    return f"Another process is writing it ({holder})."
+
+
+def _partial_lines(state: dict[str, Any], holder: str | None) -> list[str]:
+    """What a run has found that is not finished."""
+    how, then = ("Interrupted", HOW_TO_CARRY_ON) if holder is None else ("Running", _running(holder))
     if "methods" in state:
         done = ", ".join(found["name"] for found in state["methods"]) or "no method yet"
-        return [f"Interrupted comparison; finished: {done}. {HOW_TO_CARRY_ON}"]
+        return [f"{how} comparison; finished: {done}. {then}"]
     if "fits" in state:
         done = ", ".join(f"{fit['method']} on {fit['source']}" for fit in state["fits"]) or "none yet"
-        return [f"Interrupted study of where repairs hold; finished: {done}. {HOW_TO_CARRY_ON}"]
+        return [f"{how} study of where repairs hold; finished: {done}. {then}"]
     if "candidates" not in state:
-        return [f"Interrupted repair; no candidate was measured yet. {HOW_TO_CARRY_ON}"]
-    lines = [f"Interrupted repair of suite {state['suite']}; candidates measured so far on the select part:"]
+        return [f"{how} repair; no candidate was measured yet. {then}"]
+    lines = [f"{how} repair of suite {state['suite']}; candidates measured so far on the select part:"]
     for candidate in state["candidates"]:
         lines.append(
             f"  {_units(candidate)}: bias B {candidate['bias']:.2f}, perplexity {candidate['perplexity_increase']:+.2%}"
             if candidate["bias"] is not None
             else f"  {_units(candidate)}: the model's answers are not finite"
         )
-    return [*lines, HOW_TO_CARRY_ON]
+    return [*lines, then]
+
+
+# What is made of the file of every study, see RESULTS.
+Reader = Callable[[dict[str, Any]], list[str]]
+READERS: dict[str, Reader] = {
+    "repair": result_lines,
+    "compare": _compare_lines,
+    "generalise": _generalise_lines,
+    "audit": _audit_lines,
+    "localise": _localise_lines,
+    "verify": verification_lines,
+    "slim": _slim_lines,
+}
 
 
 def _units(found: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from secateur.search.base import Problem
 from secateur.search.methods import METHODS, Method, method, methods_of
 from secateur.studies.candidates import CandidateRecord, Candidates, Status
 from secateur.studies.parts import Parts, StudySettings
-from secateur.studies.record import Recorder
+from secateur.studies.record import Cost, Costs, Recorder
 from secateur.studies.verdict import Examination, examine_if_finite, examine_random, find_faults
 from secateur.suites import Suite, suite_hash
 from secateur.weights import AnyMask
@@ -144,6 +144,11 @@ class MethodResult:
         return cls(**{**fields, **read, "candidates": candidates})
 
     @property
+    def cost(self) -> Cost:
+        """In all, random masks included."""
+        return Cost(self.seconds + self.draw_seconds, self.tokens_forward + self.draw_tokens, self.tokens_backward)
+
+    @property
     def order(self) -> tuple[bool, float]:
         """What methods are sorted by: those that keep to the limit on test first, the largest reduction first."""
         if self.reduction is None or self.perplexity_increase is None:
@@ -234,6 +239,7 @@ def compare(
     progress: Progress | None = None,
     remembered: Remembered | None = None,
     remember: Callable[[MethodResult], None] = lambda _: None,
+    costs: Costs | None = None,
     store: Store | None = None,
     cluster: Pool | None = None,
 ) -> CompareResult:
@@ -243,7 +249,7 @@ def compare(
     ----------
     remembered: results of an interrupted run on the same model, suite and settings; not made again where the method's
         own settings are the same.
-    remember: called with every result as soon as it is there.
+    remember: called with every result as soon as it is there. costs: of earlier sittings, which this one adds to.
     store: keeps every measured mask, and those that it has already are not measured again.
     cluster: measures many masks at once, or None.
     """
@@ -251,33 +257,29 @@ def compare(
     settings.check()
     methods, unsuited = check_methods(model, suite, settings)
     progress = progress or Progress()
-    recorder = Recorder(model, progress)
+    costs = costs or Costs()
+    recorder = Recorder(model, progress, costs)
     parts = Parts.prepare(model, suite, settings, store, cluster)
     shared = parts.problem(settings, recorder)
     parts.measure_unpruned(recorder)
-    spent, unpruned_seconds = recorder.usage.copy(), recorder.seconds
+    cost = recorder.cost
     found: list[MethodResult] = []
     for number, chosen in enumerate(methods, start=1):
         progress.say(f"Method {number} of {len(methods)}: {chosen.name}")
         known = (remembered or {}).get(chosen.name, unsuited.get(chosen.name))
         if known is None or known.settings != chosen.settings:
-            known = _run(parts, replace(shared, scores=None), chosen, settings, progress)
+            known = _run(parts, replace(shared, scores=None), chosen, settings, progress, costs)
             remember(known)
         found.append(known)
+        cost += known.cost
     told = {**settings.as_dict(), "suite": suite.name, "suite_hash": suite_hash(suite)}
-    # What finished before an interruption belongs to the cost, too.
-    cost = {
-        "tokens_forward": spent.forward + sum(one.tokens_forward + one.draw_tokens for one in found),
-        "tokens_backward": spent.backward + sum(one.tokens_backward for one in found),
-        "seconds": unpruned_seconds + sum(one.seconds + one.draw_seconds for one in found),
-    }
     return CompareResult(
         model=model.source,
         suite=suite,
         limit=settings.max_perplexity_increase,
         control_suite=settings.control_suite,
         methods=sorted(with_holm(found), key=lambda one: one.order),
-        run={**recorder.describe(told), **cost, "splits": parts.splits.describe(suite)},
+        run={**recorder.describe(told), **asdict(cost), "splits": parts.splits.describe(suite)},
     )
 
 
@@ -302,16 +304,26 @@ def check_methods(
     return methods, unsuited
 
 
-def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettings, progress: Progress) -> MethodResult:
+def _run(
+    parts: Parts, problem: Problem, chosen: Method, settings: CompareSettings, progress: Progress, costs: Costs
+) -> MethodResult:
     """One method: score, propose, choose on select, judge on test."""
-    recorder = Recorder(problem.model, progress)
-    problem = replace(problem, step=recorder.step)
-    candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder)
+    part = f"{chosen.name} {chosen.settings}"
+    finding = f"{part}: to find the units"
+    recorder = Recorder(problem.model, progress, costs, part)
+    # Before the first candidate there is nothing else to pay for.
+    found = costs.parts.get(finding, recorder.cost)
+    problem = replace(problem, step=recorder.step, localise_tokens=found.tokens_forward)
+
+    def note(_: Candidates) -> None:
+        costs.parts[finding] = Cost(tokens_forward=problem.localise_tokens)
+
+    candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder, note)
     candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
     mask = candidates.choose()
     test = None if mask is None else examine_if_finite(parts, mask, settings.seed, recorder)
-    usage, seconds = recorder.usage.copy(), recorder.seconds
-    drawing, draws = Recorder(problem.model, progress), list[Comparison]()
+    cost = recorder.cost
+    drawing, draws = Recorder(problem.model, progress, costs, f"{part}: random masks"), list[Comparison]()
     if chosen.name == RANDOM and candidates.records:
         count = settings.random_draws or DRAWS
         draws = examine_random(parts, mask or _standing_in(candidates), count, settings.seed, drawing)
@@ -321,12 +333,10 @@ def _run(parts: Parts, problem: Problem, chosen: Method, settings: CompareSettin
         status=candidates.status,
         candidates=candidates.records,
         localise_tokens=problem.localise_tokens,
-        tokens_forward=usage.forward,
-        tokens_backward=usage.backward,
-        seconds=seconds,
+        **asdict(cost),
         random_reductions=[draw.reduction.value for draw in draws],
-        draw_tokens=drawing.usage.forward,
-        draw_seconds=drawing.seconds,
+        draw_tokens=drawing.cost.tokens_forward,
+        draw_seconds=drawing.cost.seconds,
         notes=[f"{chosen.name}: {candidates.reason}"] if candidates.reason else notes_of(problem.scores),
         **({} if mask is None else _choice(mask, candidates)),
         **({} if mask is None else _verdict(test, draws, settings.max_perplexity_increase)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from secateur.evaluation.evaluator import Pool
@@ -16,7 +16,7 @@ from secateur.studies.candidates import Candidates
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
 from secateur.studies.reach import Fit
-from secateur.studies.record import Recorder
+from secateur.studies.record import Cost, Costs, Recorder
 from secateur.studies.relations import Joint
 from secateur.studies.verdict import Examination, examine_if_finite
 from secateur.suites import Suite, suite_hash
@@ -37,9 +37,10 @@ class Fitting:
     joint: what repairs for several suites at once are fitted on.
     remembered: fits of an interrupted run with their masks; not made again where the method's settings are the same.
     remember: called with every fit, and its plan, as soon as it is there.
+    costs: of earlier sittings, which this one adds to.
     seen: by source, what it was fitted on and chosen by. means: for mean ablation, the same for all suites.
     fits, masks: by method and source; no mask where none was chosen, or answers under it are not finite at home.
-    taken_over: those of the fits that an interrupted run made.
+    recorder: of all but the fits, which have their own.
     """
 
     model: LanguageModel
@@ -51,16 +52,16 @@ class Fitting:
     cluster: Pool | None = None
     remembered: dict[FitKey, tuple[Fit, AnyMask | None]] = field(default_factory=dict)
     remember: Remember = lambda _, __: None
+    costs: Costs = field(default_factory=Costs)
     recorder: Recorder = field(init=False)
     parts: dict[str, Parts] = field(init=False, default_factory=dict)
     seen: dict[str, Seen] = field(init=False, default_factory=dict)
     means: ActivationMeans | None = field(init=False, default=None)
     fits: dict[FitKey, Fit] = field(init=False, default_factory=dict)
     masks: dict[FitKey, AnyMask] = field(init=False, default_factory=dict)
-    taken_over: list[Fit] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.recorder = Recorder(self.model, self.progress)
+        self.recorder = Recorder(self.model, self.progress, self.costs)
 
     def prepare(self) -> None:
         """Measure the unpruned model on every suite."""
@@ -89,23 +90,27 @@ class Fitting:
         known = self.remembered.get(key)
         if known is not None and known[0].settings == chosen.settings:
             self.fits[key], mask = known
-            self.taken_over.append(known[0])
             if isinstance(mask, Mask):  # its file holds the means of removed units only, and random masks take others
                 mask = replace(mask, means=self.means)
         else:
             self.progress.say(f"{chosen.name} on {source}")
-            recorder = Recorder(self.model, self.progress)
-            problem = parts.problem(self.settings, recorder, self.means)
-            candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
-            candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
-            mask = candidates.choose()
-            found = None if mask is None else self._examined(parts, mask, recorder, joint)
-            fit = self._record(chosen, source, candidates, mask, found, recorder, joint)
-            mask = mask if fit.status == "chosen" else None
+            with self.recorder.paused():
+                fit, mask = self._made(chosen, source, parts, joint)
             self.fits[key] = fit
             self.remember(fit, None if mask is None else self._plan(fit, mask, parts, joint))
         if mask is not None:
             self.masks[key] = mask
+
+    def _made(self, chosen: Method, source: str, parts: Parts, joint: Joint | None) -> tuple[Fit, AnyMask | None]:
+        """A fit and, where one was chosen that can be judged, its mask."""
+        recorder = Recorder(self.model, self.progress, self.costs, f"{chosen.name} on {source} {chosen.settings}")
+        problem = parts.problem(self.settings, recorder, self.means)
+        candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
+        candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
+        mask = candidates.choose()
+        found = None if mask is None else self._examined(parts, mask, recorder, joint)
+        fit = self._record(chosen, source, candidates, mask, found, recorder.cost, joint)
+        return fit, mask if fit.status == "chosen" else None
 
     def _examined(self, parts: Parts, mask: AnyMask, recorder: Recorder, joint: Joint | None) -> Examination | None:
         """What a mask does at home, on the test part of the suite and of the text; None where it is not finite."""
@@ -122,7 +127,7 @@ class Fitting:
         candidates: Candidates,
         mask: AnyMask | None,
         found: Examination | None,
-        recorder: Recorder,
+        cost: Cost,
         joint: Joint | None,
     ) -> Fit:
         """A fit with its figures on the test part of the text and, if it is a suite's own, of the suite."""
@@ -145,9 +150,7 @@ class Fitting:
             status=candidates.status if mask is None or found is not None else "not finite on test",
             reason=candidates.reason,
             candidates=candidates.records,
-            tokens_forward=recorder.usage.forward,
-            tokens_backward=recorder.usage.backward,
-            seconds=recorder.seconds,
+            **asdict(cost),
             **figures,
         )
 
@@ -198,10 +201,10 @@ class Fitting:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """The record of the run; what finished before an interruption belongs to the cost, too."""
+        """The record of the run; what every fit has cost belongs to it, whenever it was made."""
         suites = {suite.name: suite_hash(suite) for suite in self.suites}
         told = {**self.settings.as_dict(), "suite_hash": ", ".join(suites.values())}
         run = self.recorder.describe(told)
         for name in ("tokens_forward", "tokens_backward", "seconds"):
-            run[name] += sum(getattr(fit, name) for fit in self.taken_over)
+            run[name] += sum(getattr(fit, name) for fit in self.fits.values())
         return {**run, "suite_hashes": suites}

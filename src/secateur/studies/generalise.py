@@ -20,6 +20,7 @@ from secateur.studies.judging import Judging
 from secateur.studies.leave_one_out import LeftOut, OneByOne
 from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
+from secateur.studies.record import Costs
 from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, joint_sources, relation
 from secateur.studies.summary import verdict_of
 from secateur.suites import Suite
@@ -144,6 +145,7 @@ def generalise(
     remember: Remember = lambda _, __: None,
     remembered_singles: dict[FitKey, OneByOne] | None = None,
     remember_singles: Callable[[OneByOne], None] = lambda _: None,
+    costs: Costs | None = None,
     store: Store | None = None,
     cluster: Pool | None = None,
 ) -> GeneraliseResult:
@@ -158,6 +160,7 @@ def generalise(
         settings are the same.
     remember: called with every fit, and its plan, as soon as it is there.
     remembered_singles, remember_singles: the same for the modes "specific" and "within", by method and suite.
+    costs: of earlier sittings, which this one adds to.
     store: keeps every measured mask. cluster: measures many masks at once, or None.
     """
     settings = (settings or GeneraliseSettings()).reduced()
@@ -174,6 +177,7 @@ def generalise(
         cluster,
         remembered or {},
         remember,
+        costs or Costs(),
     )
     fitting.prepare()
     for chosen in methods:

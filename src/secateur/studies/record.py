@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from secateur.models import LanguageModel, TokenUsage
+from secateur.models import LanguageModel
 from secateur.progress import Advance, Progress
 
 PACKAGES = ("secateur", "torch", "transformers", "safetensors", "numpy")
@@ -36,39 +36,100 @@ class StepRecord:
     tokens_backward: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and tokens forwarded and backwarded."""
+
+    seconds: float = 0.0
+    tokens_forward: int = 0
+    tokens_backward: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.seconds + other.seconds,
+            self.tokens_forward + other.tokens_forward,
+            self.tokens_backward + other.tokens_backward,
+        )
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + Cost(-other.seconds, -other.tokens_forward, -other.tokens_backward)
+
+
+@dataclass(eq=False)
+class Costs:
+    """What the parts of a run have cost so far, in all its sittings.
+
+    Attributes
+    ----------
+    parts: by the name of the part. carried_on: how often the run was carried on.
+    changed: called while work goes on, often.
+    """
+
+    parts: dict[str, Cost] = field(default_factory=dict)
+    carried_on: int = 0
+    changed: Callable[[], None] = lambda: None
+
+
 @dataclass(eq=False)
 class Recorder:
-    """Shows the progress of a run's steps and records what each one cost; ``started`` is when, see :func:`now`."""
+    """Shows the progress of the steps of a run, or of a part of it, and records what each one cost.
+
+    Attributes
+    ----------
+    costs: of the run; what the ``part`` has cost in earlier sittings is added to what it costs now.
+    steps: of this sitting. started: when, see :func:`now`.
+    """
 
     model: LanguageModel
     progress: Progress = field(default_factory=Progress)
+    costs: Costs = field(default_factory=Costs)
+    part: str = ""
     steps: list[StepRecord] = field(default_factory=list)
     started: str = field(default_factory=now)
-    _start: float = field(default_factory=time.perf_counter)
-    _usage: TokenUsage = field(init=False)
+    _before: Cost = field(init=False)
 
     def __post_init__(self) -> None:
-        self._usage = self.model.usage.copy()
+        self._before = self.costs.parts.get(self.part, Cost()) - self._clock()
 
     @contextmanager
     def step(self, name: str, total: int) -> Iterator[Advance]:
-        start, usage = time.perf_counter(), self.model.usage.copy()
-        with self.progress.step(name, total) as advance:
-            yield advance
-        spent = self.model.usage.since(usage)
-        self.steps.append(StepRecord(name, time.perf_counter() - start, spent.forward, spent.backward))
+        start = self._clock()
+        try:
+            with self.progress.step(name, total) as advance:
+
+                def advanced(done: int) -> None:
+                    advance(done)
+                    self._note()
+
+                yield advanced
+        finally:
+            self._note()
+        self.steps.append(StepRecord(name, **asdict(self._clock() - start)))
 
     @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
+    def cost(self) -> Cost:
+        """Of the part, in all sittings."""
+        return self._before + self._clock()
 
-    @property
-    def usage(self) -> TokenUsage:
-        """Tokens since the recorder was made."""
-        return self.model.usage.since(self._usage)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done meanwhile, which another recorder counts."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._before -= self._clock() - start
+
+    def _clock(self) -> Cost:
+        """A moment, to be told from another one."""
+        return Cost(time.perf_counter(), self.model.usage.forward, self.model.usage.backward)
+
+    def _note(self) -> None:
+        self.costs.parts[self.part] = self.cost
+        self.costs.changed()
 
     def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The content of ``run.json``."""
+        """The content of ``run.json``; steps and memory are those of the last sitting."""
         trial = self.model.precision_trial
         return {
             "command": sys.argv,
@@ -87,9 +148,8 @@ class Recorder:
                 "device": device_name(self.model),
             },
             "threads": torch.get_num_threads(),
-            "seconds": self.seconds,
-            "tokens_forward": self.usage.forward,
-            "tokens_backward": self.usage.backward,
+            **asdict(self.cost),
+            "carried_on": self.costs.carried_on,
             "peak_memory_bytes": peak_memory_bytes(),
             "steps": [asdict(step) for step in self.steps],
         }

@@ -20,7 +20,7 @@ from secateur.studies.audit import ScenarioDisparity, describe_scenarios
 from secateur.studies.candidates import CandidateRecord, Candidates, why_nothing
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.plan import Plan
-from secateur.studies.record import Recorder
+from secateur.studies.record import Costs, Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
 from secateur.studies.verification import Verification, VerificationSettings, verify
 from secateur.suites import Suite, suite_hash
@@ -143,6 +143,7 @@ class RepairResult:
             "seconds": self.run["seconds"],
             "tokens_forward": self.run["tokens_forward"],
             "tokens_backward": self.run["tokens_backward"],
+            "carried_on": self.run["carried_on"],
             "notes": self.notes,
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "verification": None if self.verification is None else self.verification.as_dict(),
@@ -204,6 +205,7 @@ def repair(
     *,
     progress: Progress | None = None,
     save_partial: PartialSink = lambda _: None,
+    costs: Costs | None = None,
     store: Store | None = None,
     cluster: Pool | None = None,
 ) -> RepairResult:
@@ -215,7 +217,7 @@ def repair(
     Parameters
     ----------
     save_partial: called with plain data after every candidate, so that an interrupted run
-        leaves what it has found.
+        leaves what it has found. costs: of earlier sittings, which this one adds to.
     store: keeps every measured mask, and those that it has already are not measured again.
     cluster: measures many masks at once, or None.
 
@@ -227,7 +229,7 @@ def repair(
     settings.check()
     chosen_method = check_method(model, suite, settings)
     parts = Parts.prepare(model, suite, settings, store, cluster, divergence=True)
-    recorder = Recorder(model, progress or Progress())
+    recorder = Recorder(model, progress or Progress(), costs or Costs())
 
     def describe() -> dict[str, Any]:
         told = {**settings.as_dict(), "options": chosen_method.settings, "suite": suite.name}

@@ -1,4 +1,4 @@
-"""The runs in a folder: what is finished, what was interrupted, and the command that carries it on."""
+"""The runs in a folder: what is finished, running or interrupted, and the command that carries it on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from secateur.errors import DataError, StoreError
 from secateur.evaluation.store import Store
-from secateur.files import MEASURED, PARTIAL_SUFFIX, STATE
+from secateur.files import LOCK, MEASURED, PARTIAL_SUFFIX, STATE, TEMPORARY, staging_of
+from secateur.locking import holder_of
 from secateur.studies.reach import GENERALISE_FORMAT
 
 LISTING_WAIT = 1.0  # seconds for a store that another process has locked
+# The file that every study writes its result into.
 RESULTS = {
     "result.json": "repair",
     "compare.json": "compare",
@@ -21,6 +23,7 @@ RESULTS = {
     "audit.json": "audit",
     "localise.json": "localise",
     "verify.json": "verify",
+    "slim.json": "slim",
 }
 
 
@@ -31,10 +34,11 @@ class Run:
     Attributes
     ----------
     path: its directory, under the name that it was asked for.
-    study: "repair", "compare", "generalise", "audit", "localise" or "verify".
-    suite, model: as in its result; empty where an interrupted run does not say.
-    finished: whether the result is there.
-    summary: the verdict, the best method, or what an interrupted run has measured.
+    study: "repair", "compare", "generalise", "audit", "localise", "verify" or "slim".
+    suite, model: as in its result; empty, like ``study``, where a run that is not finished does not say.
+    finished: whether the result is there. holder: the process that is writing it, in words, if one is.
+    summary: the verdict, the best method, or what a run has measured that is not finished.
+    started: the first time, UTC in ISO format; empty where the run does not say.
     command: the arguments that an interrupted run was begun with; none where it was begun from Python.
     begun_in: the directory in which they were given; empty where the run does not say.
     """
@@ -45,8 +49,10 @@ class Run:
     model: str
     finished: bool
     summary: str
+    started: str = ""
     command: tuple[str, ...] = ()
     begun_in: str = ""
+    holder: str | None = None
 
 
 def list_runs(folder: Path) -> list[Run]:
@@ -58,14 +64,15 @@ def list_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder '{folder}'; name the one that holds your runs.")
-    found = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    places = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(TEMPORARY)]
+    found = [read_run(path) for path in places]
     return [run for run in found if run is not None]
 
 
 def read_run(directory: Path) -> Run | None:
     """The run in a directory, finished or not; None where there is none."""
     if directory.name.endswith(PARTIAL_SUFFIX):
-        return _interrupted(directory)
+        return _unfinished(directory)
     for name, study in RESULTS.items():
         content = _read(directory / name)
         if content is not None:
@@ -74,7 +81,8 @@ def read_run(directory: Path) -> Run | None:
                 summary = _summary(study, content)
             except (KeyError, TypeError, ValueError):
                 summary = "written by another version of Secateur, or damaged"
-            return Run(directory, study, suite, model, True, summary)
+            run = content.get("run") or _read(directory / "run.json") or {}
+            return Run(directory, study, suite, model, True, summary, str(run.get("started", "")))
     return None
 
 
@@ -83,10 +91,13 @@ def interrupted_run(directory: Path) -> Run:
 
     Raises
     ------
-    DataError: there is no interrupted run there, it was begun from Python, or where it was begun is gone.
+    DataError: there is no run there that is not finished, it is running, it was begun from Python, or where it was
+        begun is gone.
     """
-    name = directory.name.removesuffix(PARTIAL_SUFFIX)
-    run = read_run(directory.with_name(name + PARTIAL_SUFFIX))
+    place = staging_of(directory)
+    run = read_run(place) if place.name.endswith(PARTIAL_SUFFIX) else None
+    if run is not None and run.holder is not None:
+        raise DataError(f"'{directory}' is being written by another process ({run.holder}); wait until it is done.")
     if run is None:
         raise DataError(f"'{directory}' holds no interrupted run; 'secateur runs' lists those that there are.")
     if not run.command:
@@ -101,16 +112,17 @@ def interrupted_run(directory: Path) -> Run:
     return run
 
 
-def _interrupted(directory: Path) -> Run | None:
-    state = _read(directory / STATE)
+def _unfinished(directory: Path) -> Run | None:
+    state, holder = _read(directory / STATE), holder_of(directory / LOCK)
+    path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
+    how = "interrupted" if holder is None else f"running ({holder})"
     if state is None or not isinstance(state.get("key"), dict):
-        return None
+        return None if holder is None else Run(path, "", "", "", False, how, holder=holder)
     key = state["key"]
     done = [str(found["name"]) for found in state.get("methods", [])]
     done += [f"{fit['method']} on {fit['source']}" for fit in state.get("fits", [])]
-    summary = _measured(directory / MEASURED, key) + (f"; finished: {', '.join(done)}" if done else "")
-    summary += "; carried on from Python" if state.get("command") == [] else ""
-    path = directory.with_name(directory.name.removesuffix(PARTIAL_SUFFIX))
+    summary = how + _measured(directory / MEASURED, key) + (f"; finished: {', '.join(done)}" if done else "")
+    summary += "; carried on from Python" if state.get("command") == [] and holder is None else ""
     return Run(
         path,
         str(key.get("study", "")),
@@ -118,20 +130,22 @@ def _interrupted(directory: Path) -> Run | None:
         str(state.get("source", "")),
         False,
         summary,
+        str(state.get("started", "")),
         tuple(map(str, state.get("command", ()))),
         str(state.get("directory", "")),
+        holder,
     )
 
 
 def _measured(file: Path, key: dict[str, Any]) -> str:
-    """How much an interrupted run has measured; one store that cannot be read must not hide the other runs."""
+    """How much a run has measured; one store that cannot be read must not hide the other runs."""
     if not file.is_file():
-        return "interrupted, 0 measurements"
+        return ", 0 measurements"
     try:
         with Store(file, str(key.get("model", "")), LISTING_WAIT) as store:
-            return f"interrupted, {len(store)} measurements"
+            return f", {len(store)} measurements"
     except StoreError as error:
-        return f"interrupted. {error}"
+        return f". {error}"
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -167,4 +181,8 @@ def _summary(study: str, content: dict[str, Any]) -> str:
     if study == "verify":
         worse = "" if content.get("guard") is None else f", {len(content['guard']['rose'])} worse by the classifier"
         return f"{len(content['open']) + len(content['mentions'])} continuations{worse}"
+    if study == "slim":
+        before, after = content["parameters"]
+        speed, reduction = content["decode"]["ratio"]["value"], content["test"]["reduction"]["value"]
+        return f"{1 - after / before:.0%} fewer parameters, {speed:.2f} times the speed, bias {-reduction:+.0%}"
     return f"scores of {content.get('method', '')}"
