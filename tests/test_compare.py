@@ -21,8 +21,9 @@ from secateur.errors import NumericalError, SettingError
 from secateur.evaluation import Evaluator
 from secateur.measures.disparity import Interval
 from secateur.scoring.name_attention import NameAttention
+from secateur.search.elimination import Elimination
 from secateur.search.methods import METHODS, method
-from secateur.studies.compare import CompareSettings, MethodResult
+from secateur.studies.compare import CompareSettings, MethodResult, with_holm
 from secateur.studies.parts import Parts
 
 HEADS, NEURONS = 8, 96
@@ -57,7 +58,12 @@ def test_compare_writes_a_table_of_all_methods(tmp_path: Path, output: Path, cal
         assert found["tokens_forward"] >= found["localise_tokens"]
     rows = list(csv.DictReader((output / "compare.csv").open()))
     assert [row["method"] for row in rows] == [found["name"] for found in result["methods"]]
+    for row, found in zip(rows, result["methods"], strict=True):
+        assert row["p_holm"] == ("" if found["p_holm"] is None else str(found["p_holm"]))
+        assert (found["p_holm"] is None) == (found["reduction"] is None)
     page = (output / "report.html").read_text()
+    assert ("chosen by the test part, so its figure is likely too good" in page) == (len(reductions) > 1)
+    assert ("chosen by the test part, so its figure is likely too good" in outcome.out) == (len(reductions) > 1)
     for name in COMPARED:
         assert f"<td>{name}" in page
         assert name in outcome.out
@@ -137,6 +143,31 @@ def test_what_shows_late_ends_one_method_and_not_the_comparison(
     assert "no finite answers on the test part" in (output / "report.html").read_text()
 
 
+def test_a_search_without_finite_answers_ends_one_method_and_counts_its_cost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first candidate is there when the search breaks off; none is chosen."""
+
+    def destroyed(*_: Any) -> Any:
+        raise NumericalError("The model returned values that are not finite.")
+
+    monkeypatch.setattr(Elimination, "_path", destroyed)
+    model = secateur.load(save_model(tmp_path / "model", PASSING), device="cpu")
+    told = {"utility_text": write_text(tmp_path), "control_suite": None, "max_perplexity_increase": 5}
+    result = compare_again(model, write_suite(tmp_path), methods=("attribution", "magnitude"), **told)
+    found = {one.name: one for one in result.methods}
+    broken = found["attribution"]
+    assert (broken.status, broken.reduction, broken.notes) == (
+        "not finite",
+        None,
+        ["attribution: The model returned values that are not finite."],
+    )
+    assert broken.candidates
+    assert broken.tokens_forward > broken.localise_tokens > 0
+    assert result.run["tokens_forward"] == model.usage.forward
+    assert found["magnitude"].candidates
+
+
 def test_random_draws_are_no_cost_of_the_method(tmp_path: Path) -> None:
     told = {"utility_text": write_text(tmp_path), "control_suite": None, "max_perplexity_increase": 5}
     costs = []
@@ -180,6 +211,25 @@ def test_a_choice_that_breaks_the_limit_on_test_comes_after_those_that_keep_to_i
     over = found("b", 0.9, "perplexity rose by 5.00%, above the limit of 2%", over_limit=True)
     ordered = sorted([nothing, over, found("a", 0.2), found("c", 0.5, "no effect")], key=lambda one: one.order)
     assert [one.name for one in ordered] == ["c", "a", "b", "d"]
+
+
+def test_p_values_are_corrected_for_all_methods_that_were_judged() -> None:
+    def found(name: str, p_value: float | None, *faults: str, low: float = 0.1) -> MethodResult:
+        reduction = None if p_value is None else Interval(0.5, low, 0.9)
+        told = {"reduction": reduction, "p_value": p_value, "faults": list(faults)}
+        return MethodResult(name, {}, "chosen" if reduction else "over the limit", [], 0, 0, 0, 0.0, **told)
+
+    given = [found("a", 0.001), found("b", None), found("c", 0.02), found("d", 0.03, "over"), found("e", 0.6, low=-1)]
+    corrected = {one.name: (one.p_holm, one.faults) for one in with_holm(given)}
+    chance = "corrected for 4 methods (Holm), the fall can be chance (p = 0.06)"
+    assert corrected == {
+        "a": (pytest.approx(0.004), []),
+        "b": (None, []),
+        "c": (pytest.approx(0.06), [chance]),
+        "d": (pytest.approx(0.06), ["over", chance]),
+        "e": (pytest.approx(0.6), []),  # its interval includes no effect, which its faults say
+    }
+    assert with_holm([given[2]])[0].faults == []
 
 
 def test_the_seed_of_a_study_is_that_of_its_methods_unless_it_is_set() -> None:
@@ -248,6 +298,7 @@ def test_results_survive_their_json_form(tmp_path: Path) -> None:
         max_perplexity_increase=5,
     )
     (found,) = result.methods
+    assert (found.status, found.p_holm) == ("chosen", found.p_value)
     assert MethodResult.from_dict(json.loads(json.dumps(asdict(found)))) == found
 
 

@@ -21,7 +21,7 @@ from secateur.measures.splits import (
     split,
     whole,
 )
-from secateur.suites import Suite
+from secateur.suites import Suite, load_suite
 
 MEASURE = {"kind": "preference", "a": [" yes"], "b": [" no"]}
 SEEDS = st.integers(0, 2**32 - 1)
@@ -152,6 +152,37 @@ def test_dealing_by_text_divides_as_shuffling_does(suite: Suite, seed: int) -> N
         assert [len(numbers) for numbers in one.paraphrases] == [len(numbers) for numbers in other.paraphrases]
     everything = whole(suite)
     assert sorted(m for part in parts_of(dealt) for m in part.markers) == list(everything.markers)
+
+
+def part_of(suite: Suite, seed: int, kind: str) -> dict[str, str]:
+    """The part of every marker or wording, dealt by text."""
+    described = split(suite, seed, dealing="by text").describe(suite)
+    return {text: name for name in ("fit", "select", "test") for text in described[name][kind]}
+
+
+@given(suite=SUITES, seed=SEEDS, others=st.integers(6, 30))
+def test_shared_groups_and_scenarios_are_cut_alike_whatever_else_a_suite_has(
+    suite: Suite, seed: int, others: int
+) -> None:
+    name, markers = next(iter(suite.groups.items()))
+    groups = {"new": [f"new {number}" for number in range(others)], name: markers[::-1]}
+    new = make([6, 6], [3] * 4 + [4, 3]).scenarios[4:]
+    other = suite.model_copy(update={"groups": groups, "scenarios": [*new, *suite.scenarios[::-1]]})
+    ours, theirs = (part_of(asked, seed, "markers") for asked in (suite, other))
+    assert {marker: theirs[marker] for marker in markers} == {marker: ours[marker] for marker in markers}
+    wordings = {one.text for scenario in suite.scenarios for one in scenario.paraphrases}
+    ours, theirs = (part_of(asked, seed, "wordings") for asked in (suite, other))
+    assert {text: theirs[text] for text in wordings} == ours
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_names_that_stand_among_others_most_are_in_the_same_part(seed: int) -> None:
+    gender, race = (load_suite(f"hiring-{attribute}") for attribute in ("gender", "race"))
+    ours, theirs = (part_of(suite, seed, "markers") for suite in (gender, race))
+    shared = ours.keys() & theirs.keys()
+    alike = sum(ours[name] == theirs[name] for name in shared)
+    assert len(shared) == 80
+    assert 62 <= alike <= 72, "as the documents say"
 
 
 @given(suite=SUITES, seed=SEEDS, random=st.randoms(use_true_random=False))

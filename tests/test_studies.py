@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.evaluation import Evaluator
 from secateur.evaluation.evaluator import Measurement
-from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.disparity import Comparison, Interval, group_means
 from secateur.measures.prompts import Prompt, PromptSet
+from secateur.reports.distributions import distributions
 from secateur.reports.html import render_audit
 from secateur.reports.terminal import audit_summary
 from secateur.studies.audit import SampledCheck
-from secateur.studies.candidates import CandidateRecord, why_nothing
-from secateur.studies.parts import fold_number, folds
+from secateur.studies.candidates import CandidateRecord, Candidates, why_nothing
+from secateur.studies.parts import Parts, fold_number, folds
+from secateur.studies.repair import RepairSettings
 from secateur.studies.verdict import judge
 from secateur.suites import load_suite
 
@@ -370,6 +372,31 @@ def test_repair_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     result = secateur.repair(model, suite, utility_text=text, control_suite=None, **settings)
     assert result.plan is not None
     assert torch.equal(all_logits(model), before)
+
+
+def test_a_repair_on_some_scenarios_names_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose_first(self: Candidates) -> Any:
+        return self.measured[0][0]
+
+    monkeypatch.setattr(Candidates, "choose", choose_first)
+    model = secateur.load(save_model(tmp_path / "model"), device="cpu")
+    suite = secateur.load_suite(write_suite(tmp_path))
+    told: dict[str, Any] = {"utility_text": write_text(tmp_path), "control_suite": None}
+    options = {"max_heads": 1, "max_neurons": 0, "rounds": 0}
+    result = secateur.repair(
+        model, suite, output=tmp_path / "run", max_scenarios=2, random_draws=1, options=options, **told
+    )
+    assert result.suite == suite
+    whole = Parts.prepare(model, suite, RepairSettings(**told)).test.evaluate().table
+    means = group_means(whole)[[0, 2]]
+    assert [one.id for one in result.test_before] == [one.id for one in result.test_after] == ["like", "end"]
+    for one, expected in zip(result.test_before, means, strict=True):
+        assert [*one.means.values()] == pytest.approx(expected.tolist(), abs=1e-4)
+    drawn = distributions(result.asked, suite.markers, {"before": whole.of_scenarios([0, 2])})
+    assert drawn.names == [state["text"].split(". ")[0] for state in drawn.states] == ["like", "end"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>end</td><td>boats</td><td>after</td>" in page
+    assert "<td>price</td>" not in page
 
 
 def test_repair_where_nothing_passes(tmp_path: Path, output: Path, call: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import NAMES, tiny_model
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.errors import DataError, NumericalError
 from secateur.evaluation import Evaluator, Measurement
 from secateur.evaluation.divergence import Divergence
 from secateur.measures.disparity import Interval, Table
@@ -381,3 +382,15 @@ def test_quick_divergence_is_that_of_the_first_windows(windows: int, length: int
     quick = Divergence(model, text, windows, length)
     assert quick.of(mask) == pytest.approx(kl_divergence(model, before, after), rel=1e-4)
     assert quick.of(Mask.none(model)) == pytest.approx(0, abs=1e-6)
+
+
+def test_quick_divergence_is_infinite_where_answers_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a search refuses the unit, and goes on."""
+    model = model_of()
+    quick = Divergence(model, cut(model, TEXT, 16, 12))
+
+    def destroyed(_: Divergence) -> None:
+        raise NumericalError("not finite")
+
+    monkeypatch.setattr(Divergence, "_log_probabilities", destroyed)
+    assert quick.of(Mask.removing(model, [0])) == math.inf

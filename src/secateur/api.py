@@ -42,7 +42,9 @@ from secateur.studies import slim as slims
 from secateur.studies import verification as verifications
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, CompareSettings, MethodResult
+from secateur.studies.fitting import FitKey
 from secateur.studies.generalise import GeneraliseSettings
+from secateur.studies.leave_one_out import OneByOne
 from secateur.studies.localise import LocaliseResult, LocaliseSettings
 from secateur.studies.parts import StudySettings
 from secateur.studies.plan import BESIDE_WEIGHTS, Plan, load_plan
@@ -415,11 +417,14 @@ def generalise(
         with _actors(ray, model, progress) as cluster:
             return generalisations.generalise(model, asked, chosen, progress=progress, cluster=cluster)
     key = _run_key("generalise", model, asked, chosen, (*METHODS_ASKED, "modes", "scenarios_left_out"))
-    directory, left = _opened(output, overwrite, SPARE_BYTES, key, read=_fits_of)
-    done = left or {}
+    directory, left = _opened(output, overwrite, SPARE_BYTES, key, read=_reach_of)
+    done, singles = left or ({}, {})
 
     def finished() -> dict[str, Any]:
-        return {"fits": [asdict(fit) for fit in done.values()]}
+        return {
+            "fits": [asdict(one) for one in done.values()],
+            "singles": [asdict(one) for one in singles.values()],
+        }
 
     with writing(directory, keep=True), _State.kept(directory, key, model, asked, finished()) as state:
         if left is not None:
@@ -432,6 +437,10 @@ def generalise(
             if plan is not None:
                 plan.save(place(fit))
             done[fit.method, fit.source] = fit
+            state.save(finished())
+
+        def remember_singles(found: OneByOne) -> None:
+            singles[found.method, found.suite] = found
             state.save(finished())
 
         with (
@@ -448,6 +457,8 @@ def generalise(
                     for known, fit in done.items()
                 },
                 remember=remember,
+                remembered_singles=dict(singles),
+                remember_singles=remember_singles,
                 costs=state.costs,
                 store=store,
                 cluster=cluster,
@@ -577,9 +588,11 @@ def _methods_of(state: dict[str, Any]) -> dict[str, MethodResult]:
     return {one["name"]: MethodResult.from_dict(one) for one in state["methods"]}
 
 
-def _fits_of(state: dict[str, Any]) -> dict[tuple[str, str], Fit]:
-    """The repairs that an interrupted study of where they hold has made, by method and source."""
-    return {(one["method"], one["source"]): Fit.from_dict(one) for one in state["fits"]}
+def _reach_of(state: dict[str, Any]) -> tuple[dict[FitKey, Fit], dict[FitKey, OneByOne]]:
+    """What an interrupted study of where repairs hold has made: repairs by method and source, and what was done one
+    scenario at a time by method and suite."""
+    fits = {(one["method"], one["source"]): Fit.from_dict(one) for one in state["fits"]}
+    return fits, {(one["method"], one["suite"]): OneByOne.from_dict(one) for one in state.get("singles", [])}
 
 
 def _opened(

@@ -385,7 +385,7 @@ def generalise(
         "masks_at_once": masks_at_once,
         "kept_mib": kept_mib,
     }  # fmt: skip
-    asked = [_suite(name) for names in (*suites, *(more_suites or ())) for name in _listed(names)]
+    asked = _suites([name for names in (*suites, *(more_suites or ())) for name in _listed(names)])
     check_address(ray)
     chosen = secateur.GeneraliseSettings(**told)
     chosen.check()
@@ -707,6 +707,18 @@ def _suite(name: str) -> Any:
     from secateur.suites import load_suite
 
     return load_suite(name)
+
+
+def _suites(names: list[str]) -> list[Any]:
+    """Suites by name or path; blanks between several methods or modes make suites of those after the first."""
+    from secateur.search.methods import METHODS
+    from secateur.studies.relations import MODES
+
+    for known, what in ((METHODS, "method"), (MODES, "mode")):
+        for name in names:
+            if name in known:
+                raise SettingError(f"'{name}' is a {what} and no suite; separate {what}s by commas and without blanks.")
+    return [_suite(name) for name in names]
 
 
 def _model_of(plan: Any, asked: str | None) -> str | None:

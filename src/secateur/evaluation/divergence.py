@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from secateur.errors import NumericalError
 from secateur.measures.utility import NeutralText, hidden_states
 from secateur.models import LanguageModel
 from secateur.units import Mask, masked
@@ -32,9 +34,12 @@ class Divergence:
         self._unpruned = self._log_probabilities()
 
     def of(self, mask: Mask) -> float:
-        """Nats per token."""
-        with masked(self.model, mask):
-            after = self._log_probabilities()
+        """Nats per token; infinite where the model gives no finite answers under the mask."""
+        try:
+            with masked(self.model, mask):
+                after = self._log_probabilities()
+        except NumericalError:
+            return math.inf
         return float(kl_div(after, self._unpruned, reduction="batchmean", log_target=True))
 
     def _log_probabilities(self) -> Tensor:

@@ -141,8 +141,9 @@ def split(
     Parameters
     ----------
     max_markers: at most so many markers per group in fit and in select. max_test_markers: the same for test.
-    dealing: "shuffled", or "by text": in the order of a hash of seed and text, so that suites which share markers or
-        wordings have them in the same parts (markers near the edge of a part excepted, where groups differ in size).
+    dealing: "shuffled", or "by text": in the order of a hash of seed and text, so that suites which share groups or
+        scenarios have their markers and wordings in the same parts. Of groups that share only some of their markers,
+        those that are shared are mostly in the same part.
 
     Raises
     ------

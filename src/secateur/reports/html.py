@@ -75,7 +75,7 @@ def render_repair(result: RepairResult, place: str | Path = RUN) -> str:
         markers = result.run["splits"]["test"]["markers"]
         content |= {
             "scenario_figure": _picture(scenario_figure(result.test_before, result.test_after)),
-            "distributions": _drawn(distributions(result.suite, markers, tables)),
+            "distributions": _drawn(distributions(result.asked, markers, tables)),
             "maps": {
                 kind: _picture(figure)
                 for kind, drawn in (("heads", heads_map), ("neurons", neurons_map))

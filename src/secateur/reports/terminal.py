@@ -335,6 +335,8 @@ def _stacked(interval: Interval, digits: int, scale: float = 100) -> str:
 def compare_lines(result: CompareResult) -> list[str]:
     """The lines under a comparison's table."""
     lines = []
+    if sum(found.reduction is not None and not found.over_limit for found in result.methods) > 1:
+        lines.append("The first method is chosen by the test part, so its figure is likely too good.")
     for found in result.methods:
         lines += [f"* {found.name} is not proven: {'; '.join(found.faults)}."] if found.faults else []
         lines += [f"{found.name}: {note}" for note in found.notes]
@@ -414,9 +416,11 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     for one in result.left_out:
         what = f"{one.method}, {one.suite}, {one.mode}" + (f" by {one.rule}" if one.rule else "")
         beside = "" if one.random_reduction is None else f", random masks {0 - one.random_reduction:+.0%}"
+        cost = "not finite" if one.perplexity_increase is None else f"{one.perplexity_increase:+.2%}"
+        destroyed = f" ({one.not_finite} not finite)" if one.not_finite else ""
         lines.append(
             f"{what}: bias {_change(one.comparison.reduction.as_change)} over {len(one.scenarios)} scenarios{beside}; "
-            f"perplexity {one.perplexity_increase:+.2%}, {one.over_limit} over the limit"
+            f"perplexity {cost}, {one.over_limit} over the limit{destroyed}"
         )
     for name in result.methods:
         if (overlap := result.mean_overlap(name)) is not None:

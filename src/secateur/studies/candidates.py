@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from secateur.errors import NumericalError
+from secateur.errors import NumericalError, SettingError
 from secateur.evaluation.evaluator import Evaluator
 from secateur.measures.disparity import Table, corrected_choice, suite_bias
 from secateur.search.base import Outcome, Problem, Proposals, Selection
@@ -15,7 +15,9 @@ from secateur.studies.record import Recorder
 from secateur.units import Mask
 from secateur.weights import AnyMask
 
-Status = Literal["chosen", "over the limit", "no reduction", "no candidate", "not finite on test"]
+Status = Literal[
+    "chosen", "over the limit", "no reduction", "no candidate", "does not apply", "not finite", "not finite on test"
+]
 
 # Under a mask that destroys the model so far that it answers with numbers that are not finite.
 DESTROYED: dict[str, Any] = {
@@ -71,6 +73,7 @@ class Candidates:
     select: the select part.
     limit: the utility limit, 0.02 for +2 %.
     changed: called after every measurement, so that an interrupted run leaves what it has found.
+    failure: how a search ended that could not go on; None where it came to its end. reason: why, in a sentence.
     """
 
     select: Evaluator
@@ -79,6 +82,8 @@ class Candidates:
     recorder: Recorder
     changed: Callable[[Candidates], None] = lambda _: None
     measured: list[tuple[AnyMask, CandidateRecord]] = field(default_factory=list)
+    failure: Status | None = None
+    reason: str = ""
 
     @property
     def records(self) -> list[CandidateRecord]:
@@ -96,6 +101,15 @@ class Candidates:
                 selection = proposals.send(Outcome(record.bias_square, record.perplexity_increase, record.within_limit))
         except StopIteration:
             pass
+
+    def run_if_possible(self, problem: Problem, proposals: Proposals) -> None:
+        """The same; what shows only while a method searches ends its search, and not a study of several."""
+        try:
+            self.run(problem, proposals)
+        except SettingError as error:
+            self.failure, self.reason = "does not apply", str(error)
+        except NumericalError as error:
+            self.failure, self.reason = "not finite", str(error)
 
     def measure(self, problem: Problem, selection: Selection) -> CandidateRecord:
         """Measure one proposal."""
@@ -139,7 +153,12 @@ class Candidates:
         }
 
     def choose(self) -> AnyMask | None:
-        """The candidate with the least bias within the limit, marked as chosen, if it is better than none."""
+        """The candidate with the least bias within the limit, marked as chosen, if it is better than none.
+
+        Of a search that could not go on none is chosen: it has not proposed what it would have.
+        """
+        if self.failure is not None:
+            return None
         before = corrected_choice(self.select.evaluate().table, self.seed)
         passing = [
             (record.bias_square, record.heads + record.neurons + record.weights, number)
@@ -155,7 +174,10 @@ class Candidates:
 
     @property
     def status(self) -> Status:
-        """Whether a mask was chosen; if not, every candidate broke the limit, none inside helped, or there was none."""
+        """Whether a mask was chosen; if not, the search failed, every candidate broke the limit, none inside helped, or
+        there was none."""
+        if self.failure is not None:
+            return self.failure
         if any(record.chosen for record in self.records):
             return "chosen"
         inside = any(record.within_limit for record in self.records)

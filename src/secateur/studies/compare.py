@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from secateur.errors import SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
-from secateur.measures.disparity import Comparison, Interval
+from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval, holm, p_value
 from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.scoring.base import notes_of
@@ -92,11 +92,13 @@ class MethodResult:
     Attributes
     ----------
     status: whether a mask was chosen, every setting broke the limit, none within it lowered the bias on select,
-        nothing was proposed, or the method does not suit the model or the suite.
+        nothing was proposed, the method does not suit the model or the suite, or the model gave no finite answers while
+        it searched.
     over_limit: whether the choice breaks the utility limit on test.
     faults: what keeps the reduction on test from being proven, in words.
     heads, neurons, weights: units removed, or single weights. action: "turned down" where units are not removed.
     bias_before, bias_after, reduction, perplexity_increase, control_change: on test, None without a mask.
+    p_value, p_holm: of no change of B on test, by itself and corrected for all methods of the comparison.
     random_reductions: for the method ``random``, the reduction under every draw of random masks, of the size that
         it chose, or else of its largest candidate within the limit, or of its smallest.
     candidates: every mask that was measured on select.
@@ -108,7 +110,7 @@ class MethodResult:
 
     name: str
     settings: dict[str, Any]
-    status: Status | Literal["does not apply"]
+    status: Status
     candidates: list[CandidateRecord]
     localise_tokens: int
     tokens_forward: int
@@ -124,6 +126,8 @@ class MethodResult:
     reduction: Interval | None = None
     perplexity_increase: Interval | None = None
     control_change: Interval | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
     random_reductions: list[float] = field(default_factory=list)
     draw_tokens: int = 0
     draw_seconds: float = 0.0
@@ -211,6 +215,7 @@ def _flat(found: MethodResult) -> dict[str, Any]:
     draws = found.random_reductions
     return {
         **row,
+        "p_holm": "" if found.p_holm is None else found.p_holm,
         "random_draws": len(draws) or "",
         "random_lowest": min(draws, default=""),
         "random_mean": float(np.mean(draws)) if draws else "",
@@ -273,7 +278,7 @@ def compare(
         suite=suite,
         limit=settings.max_perplexity_increase,
         control_suite=settings.control_suite,
-        methods=sorted(found, key=lambda one: one.order),
+        methods=sorted(with_holm(found), key=lambda one: one.order),
         run={**recorder.describe(told), **asdict(cost), "splits": parts.splits.describe(suite)},
     )
 
@@ -314,10 +319,7 @@ def _run(
         costs.parts[finding] = Cost(tokens_forward=problem.localise_tokens)
 
     candidates = Candidates(parts.select, settings.max_perplexity_increase, settings.seed, recorder, note)
-    try:
-        candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
-    except SettingError as error:  # what shows only once the prompts are there ends one method, not all
-        return _unsuited(chosen, f"{chosen.name}: {error}")
+    candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
     mask = candidates.choose()
     test = None if mask is None else examine_if_finite(parts, mask, settings.seed, recorder)
     cost = recorder.cost
@@ -335,10 +337,25 @@ def _run(
         random_reductions=[draw.reduction.value for draw in draws],
         draw_tokens=drawing.cost.tokens_forward,
         draw_seconds=drawing.cost.seconds,
-        notes=notes_of(problem.scores),
+        notes=[f"{chosen.name}: {candidates.reason}"] if candidates.reason else notes_of(problem.scores),
         **({} if mask is None else _choice(mask, candidates)),
         **({} if mask is None else _verdict(test, draws, settings.max_perplexity_increase)),
     )
+
+
+def with_holm(found: Sequence[MethodResult]) -> list[MethodResult]:
+    """Results with p-values corrected for all methods that were judged; a fall that this makes chance is a fault."""
+    judged = {one.name: one.p_value for one in found if one.p_value is not None}
+    adjusted = dict(zip(judged, holm(np.array([*judged.values()])).tolist(), strict=True))
+    return [_corrected(one, adjusted[one.name], len(judged)) if one.name in judged else one for one in found]
+
+
+def _corrected(found: MethodResult, p_holm: float, judged: int) -> MethodResult:
+    """One result; where the interval of its reduction includes no effect, its faults say so already."""
+    chance = []
+    if p_holm >= SIGNIFICANT and found.reduction is not None and found.reduction.low > 0:
+        chance = [f"corrected for {judged} methods (Holm), the fall can be chance (p = {p_holm:.2g})"]
+    return replace(found, p_holm=p_holm, faults=[*found.faults, *chance])
 
 
 def _choice(mask: AnyMask, candidates: Candidates) -> dict[str, Any]:
@@ -362,6 +379,7 @@ def _verdict(test: Examination | None, draws: list[Comparison], limit: float) ->
         "reduction": test.comparison.reduction,
         "perplexity_increase": test.perplexity_increase,
         "control_change": None if test.control is None else test.control.change,
+        "p_value": p_value(test.comparison.change),
         "over_limit": test.perplexity_increase.value > limit,
         "faults": find_faults(test.comparison, test.p_before, test.perplexity_increase, draws, limit),
     }

@@ -106,7 +106,7 @@ class Fitting:
         recorder = Recorder(self.model, self.progress, self.costs, f"{chosen.name} on {source} {chosen.settings}")
         problem = parts.problem(self.settings, recorder, self.means)
         candidates = Candidates(parts.select, problem.limit, self.settings.seed, recorder)
-        candidates.run(problem, chosen.search.proposals(problem, chosen.scorer))
+        candidates.run_if_possible(problem, chosen.search.proposals(problem, chosen.scorer))
         mask = candidates.choose()
         found = None if mask is None else self._examined(parts, mask, recorder, joint)
         fit = self._record(chosen, source, candidates, mask, found, recorder.cost, joint)
@@ -148,6 +148,7 @@ class Fitting:
             source=source,
             settings=chosen.settings,
             status=candidates.status if mask is None or found is not None else "not finite on test",
+            reason=candidates.reason,
             candidates=candidates.records,
             **asdict(cost),
             **figures,
@@ -179,7 +180,7 @@ class Fitting:
                 "perplexity_increase": fit.perplexity_increase.as_dict(),
             }
             record["verdict"] = "measured"
-            record["explanation"] = "Random masks were compared on all uses together; see generalise.json."
+            record["explanation"] = "What it and random masks do on every use is in generalise.json."
         if fit.own is not None:
             record["test"] = fit.own.as_dict()
         return Plan(mask, record)
@@ -190,8 +191,9 @@ class Fitting:
 
     @property
     def notes(self) -> list[str]:
-        """What came of masks that could not be judged, in sentences."""
-        return [
+        """What came of searches that could not go on and of masks that could not be judged, in sentences."""
+        failed = [f"{fit.method}: no repair for {fit.source}. {fit.reason}" for fit in self.fits.values() if fit.reason]
+        return failed + [
             f"{fit.method}: under the repair for {fit.source}, answers on its own test part, the text or the control "
             "suite are not finite; it is left out."
             for fit in self.fits.values()

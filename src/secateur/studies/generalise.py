@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.attenuation import Attenuation
-from secateur.errors import SettingError
+from secateur.errors import NumericalError, SettingError
 from secateur.evaluation.evaluator import Pool
 from secateur.evaluation.store import Store
 from secateur.measures.splits import Dealing, split
@@ -17,7 +17,7 @@ from secateur.search.methods import DEFAULT_METHOD, Method, method, methods_of
 from secateur.studies import agreement, judging, leave_one_out
 from secateur.studies.fitting import FitKey, Fitting, Remember
 from secateur.studies.judging import Judging
-from secateur.studies.leave_one_out import LeftOut
+from secateur.studies.leave_one_out import LeftOut, OneByOne
 from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
 from secateur.studies.record import Costs
@@ -48,7 +48,7 @@ class GeneraliseSettings(StudySettings):
         any, nothing is proven.
     scenarios_left_out: of every suite in the modes "specific" and "within", evenly spaced; None for all.
     max_scenarios, utility_tokens: fewer than in other studies, which look at one suite.
-    dealing: "by text", so that suites which share markers and wordings hold the same ones out.
+    dealing: "by text", so that suites which share groups and scenarios hold the same markers and wordings out.
     quick: few markers, four scenarios of every suite and little text: minutes, wider intervals.
     """
 
@@ -112,8 +112,10 @@ def check_suites(suites: Sequence[Suite], settings: GeneraliseSettings) -> None:
     kinds = {relation(one, other) for one in suites for other in suites if one is not other}
     wanted = set(settings.modes)
     if not wanted & kinds and not wanted - set(PAIRED):
+        asked = [mode for mode in PAIRED if mode in wanted]
         raise SettingError(
-            f"The suites differ in other things than the modes look at; add one of: {', '.join(sorted(kinds))}."
+            f"--modes asks for {' and '.join(asked)}, and no two of these suites make such a pair; add "
+            f"{' or '.join(sorted(kinds))}."
         )
     if wanted == {"joint"} and not joint_families(suites):
         raise SettingError(f"The mode 'joint' needs at least {SUITES_TO_JOIN} suites with the same groups.")
@@ -141,6 +143,8 @@ def generalise(
     progress: Progress | None = None,
     remembered: dict[FitKey, tuple[Fit, AnyMask | None]] | None = None,
     remember: Remember = lambda _, __: None,
+    remembered_singles: dict[FitKey, OneByOne] | None = None,
+    remember_singles: Callable[[OneByOne], None] = lambda _: None,
     costs: Costs | None = None,
     store: Store | None = None,
     cluster: Pool | None = None,
@@ -154,8 +158,9 @@ def generalise(
     ----------
     remembered: fits of an interrupted run, by method and source, with their masks; not made again where the method's
         settings are the same.
-    remember: called with every fit, and its plan, as soon as it is there. costs: of earlier sittings, which this one
-        adds to.
+    remember: called with every fit, and its plan, as soon as it is there.
+    remembered_singles, remember_singles: the same for the modes "specific" and "within", by method and suite.
+    costs: of earlier sittings, which this one adds to.
     store: keeps every measured mask. cluster: measures many masks at once, or None.
     """
     settings = (settings or GeneraliseSettings()).reduced()
@@ -184,7 +189,11 @@ def generalise(
     agreements = [one for name, of in masks.items() for one in agreement.agreements(name, of, names, space)]
     summary = [one for name in masks for one in judged.summary(name, [cell for cell in cells if cell.method == name])]
     advice = [one for name in masks for one in judged.advice(name)]
-    left_out = [one for chosen in methods for one in _leave_out(fitting, chosen, settings)]
+    singles = [
+        _one_by_one(fitting, chosen, suite, settings, remembered_singles or {}, remember_singles)
+        for chosen in methods
+        for suite in (suites if _single_modes(settings) else ())
+    ]
     return GeneraliseResult(
         model=model.source,
         suites=list(suites),
@@ -196,25 +205,47 @@ def generalise(
         cells=cells,
         agreements=agreement.with_holm(agreements),
         layers={name: agreement.layers(of, space) for name, of in masks.items()},
-        left_out=leave_one_out.with_holm(left_out),
+        left_out=leave_one_out.with_holm([one for single in singles for one in single.found]),
         advice=advice,
         selections=judged.selections([*masks]),
-        notes=[*notes(suites, settings), *fitting.notes, *judged.notes, *_notes_of_masks(masks, settings)],
+        notes=[
+            *notes(suites, settings),
+            *fitting.notes,
+            *judged.notes,
+            *(f"{one.method}: no single scenarios of {one.suite}. {one.reason}" for one in singles if one.reason),
+            *_notes_of_masks(masks, settings),
+        ],
         run=fitting.describe(),
     )
 
 
-def _leave_out(fitting: Fitting, chosen: Method, settings: GeneraliseSettings) -> list[LeftOut]:
-    """The modes "specific" and "within"."""
-    modes = _one_by_one(settings)
-    found = []
-    for suite in fitting.suites if modes else ():
-        parts, most = fitting.parts[suite.name], settings.scenarios_left_out
-        found += leave_one_out.leave_one_out(parts, chosen, settings, fitting.recorder, modes, most, fitting.means)
+def _one_by_one(
+    fitting: Fitting,
+    chosen: Method,
+    suite: Suite,
+    settings: GeneraliseSettings,
+    remembered: dict[FitKey, OneByOne],
+    remember: Callable[[OneByOne], None],
+) -> OneByOne:
+    """The modes "specific" and "within" of a method on a suite."""
+    modes, most = _single_modes(settings), settings.scenarios_left_out
+    asked = {"settings": chosen.settings, "modes": modes, "most": most}
+    known = remembered.get((chosen.name, suite.name))
+    if known is not None and known.asked == asked:
+        return known
+    parts, recorder = fitting.parts[suite.name], fitting.recorder
+    judged, reason = list[LeftOut](), ""
+    try:
+        judged = leave_one_out.leave_one_out(parts, chosen, settings, recorder, modes, most, fitting.means)
+    except (SettingError, NumericalError) as error:  # what shows only while a method scores ends no study
+        reason = str(error)
+    found = OneByOne(chosen.name, suite.name, asked, judged, reason)
+    remember(found)
     return found
 
 
-def _one_by_one(settings: GeneraliseSettings) -> list[str]:
+def _single_modes(settings: GeneraliseSettings) -> list[str]:
+    """The modes that take one scenario at a time."""
     return [mode for mode in ("specific", "within") if mode in settings.modes]
 
 
@@ -249,7 +280,7 @@ def notes(suites: Sequence[Suite], settings: GeneraliseSettings) -> list[str]:
 
 def _notes_of_masks(masks: dict[str, dict[str, AnyMask]], settings: GeneraliseSettings) -> list[str]:
     """Where the modes that take one scenario at a time are not what a method does otherwise."""
-    modes = " and ".join(_one_by_one(settings))
+    modes = " and ".join(_single_modes(settings))
     return [
         f"{name}: its repairs do not remove whole units, but the modes {modes} do."
         for name, of in masks.items()

@@ -42,20 +42,28 @@ class OneScenario:
     Attributes
     ----------
     units: removed; 0 where no count lowered the bias within the limit.
-    perplexity_increase: on the test part of the text. over_limit: whether that breaks the utility limit.
+    perplexity_increase: on the test part of the text; None where the model gives no finite answers under the mask. That
+        counts as over the limit, and the scenario stays as it was: SMD and gap after are those before.
+    over_limit: whether the mask breaks the utility limit there.
     select_perplexity_increase: on the select part of the text, which the count was chosen on, too.
     smd_before, smd_after, gap_before, gap_after: signed; see :mod:`secateur.measures.disparity`.
     """
 
     id: str
     units: int
-    perplexity_increase: Interval
+    perplexity_increase: Interval | None
     over_limit: bool
     select_perplexity_increase: float
     smd_before: float
     smd_after: float
     gap_before: float
     gap_after: float
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> OneScenario:
+        """The inverse of ``dataclasses.asdict``."""
+        cost = fields["perplexity_increase"]
+        return cls(**{**fields, "perplexity_increase": None if cost is None else Interval(**cost)})
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,8 @@ class LeftOut:
     ----------
     mode: "specific": fitted on the scenario; "within": on all the others of the suite.
     rule: how the scores of several scenarios were combined; empty for one.
-    scenarios: those that were judged, one by one; not one under whose mask the model gives no finite answers.
-    comparison: B over these scenarios, each under its own mask.
+    scenarios: those that were judged, one by one.
+    comparison: B over these scenarios, each under its own mask if the model gives finite answers under it.
     random_reduction: of B over the same scenarios, each under one random mask of the size of its own; None where under
         one of those the model gives no finite answers.
     p_holm: of no change; corrected for all such figures of a run by :func:`with_holm`.
@@ -83,18 +91,54 @@ class LeftOut:
     p_holm: float
 
     @property
-    def perplexity_increase(self) -> float:
-        """Mean over the scenarios, on the test part of the text; without a mask it is 0."""
-        return float(np.mean([one.perplexity_increase.value for one in self.scenarios]))
+    def perplexity_increase(self) -> float | None:
+        """Mean over the scenarios where it is finite, on the test part of the text; without a mask it is 0."""
+        finite = [one.perplexity_increase.value for one in self.scenarios if one.perplexity_increase is not None]
+        return float(np.mean(finite)) if finite else None
 
     @property
     def over_limit(self) -> int:
         """How many masks break the utility limit there."""
         return sum(one.over_limit for one in self.scenarios)
 
+    @property
+    def not_finite(self) -> int:
+        """Under how many masks, of those over the limit, the model gives no finite answers."""
+        return sum(one.perplexity_increase is None for one in self.scenarios)
+
     def as_dict(self) -> dict[str, Any]:
         """One entry of ``left_out`` in ``generalise.json``."""
-        return {**asdict(self), "perplexity_increase": self.perplexity_increase, "over_limit": self.over_limit}
+        figures = ("perplexity_increase", "over_limit", "not_finite")
+        return {**asdict(self), **{name: getattr(self, name) for name in figures}}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LeftOut:
+        """The inverse of ``dataclasses.asdict``: what a resumed run reads back."""
+        scenarios = [OneScenario.from_dict(one) for one in fields["scenarios"]]
+        comparison = Comparison(**{name: Interval(**found) for name, found in fields["comparison"].items()})
+        return cls(**{**fields, "scenarios": scenarios, "comparison": comparison})
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """What a method's scores do on a suite, scenario by scenario.
+
+    Attributes
+    ----------
+    asked: settings of the method, modes and number of scenarios, by which a resumed run knows whether it is the same.
+    found: one for every mode and rule; none where the scores could not be had. reason: why, in a sentence.
+    """
+
+    method: str
+    suite: str
+    asked: dict[str, Any]
+    found: list[LeftOut]
+    reason: str = ""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> OneByOne:
+        """The inverse of ``dataclasses.asdict``."""
+        return cls(**{**fields, "found": [LeftOut.from_dict(one) for one in fields["found"]]})
 
 
 def with_holm(found: Sequence[LeftOut]) -> list[LeftOut]:
@@ -136,7 +180,7 @@ def leave_one_out(
             found.append(
                 run.judge("within", rule, judged, lambda one: [other for other in everything if other != one], combine)
             )
-    return [one for one in found if one is not None]
+    return found
 
 
 class _Run:
@@ -152,24 +196,26 @@ class _Run:
         self.numbers = fit.prompts.scenarios
         self.start, total = (0, space.n_heads) if self.kind == "heads" else (space.n_heads, space.n_neurons)
         self.counts = sorted({max(1, round(share * total)) for share in SHARES[self.kind]})
-        select = parts.select
-        self.whole = select.on(select.prompts, None)
         # These measure perplexity, so that a mask reads a text once, however many scenarios are asked about.
-        few = self.numbers[:1]
+        select, few = parts.select, self.numbers[:1]
         self.reader = select.on(select.prompts.of_scenarios(few), select.text)
         self.test_reader = parts.test.on(parts.test.prompts.of_scenarios(few), parts.test.text)
-        ranks = [self._rank(fit.on(fit.prompts.of_scenarios([number]), fit.text)) for number in self.numbers]
-        self.ranks = np.stack(ranks)  # (scenarios, units of the kind)
+        self.selects = dict[tuple[int, ...], Evaluator]()  # by scenarios, since rules may propose the same masks
+        scores = [self._score(fit.on(fit.prompts.of_scenarios([number]), fit.text)) for number in self.numbers]
+        self.scores = np.stack(scores)  # (scenarios, units of the kind)
 
-    def _rank(self, fit: Evaluator) -> np.ndarray:
+    def _score(self, fit: Evaluator) -> np.ndarray:
         """Scores of the units of the kind from one scenario, not finite where the method says nothing."""
         alone = Problem(self.problem.model, fit, [fit], self.recorder.step, self.problem.means)
         rank = np.asarray(alone.score(self.chosen.scorer).rank, dtype=float)
         return rank[self.start :] if self.kind == "neurons" else rank[: self.problem.space.n_heads]
 
-    @staticmethod
-    def _of(part: Evaluator, scenario: int) -> Evaluator:
-        return part.on(part.prompts.of_scenarios([scenario]), None)
+    def _select(self, scenarios: Sequence[int]) -> Evaluator:
+        """The select part of some scenarios, without the text."""
+        key = tuple(scenarios)
+        if key not in self.selects:
+            self.selects[key] = _of(self.parts.select, scenarios)
+        return self.selects[key]
 
     def judge(
         self,
@@ -178,7 +224,7 @@ class _Run:
         judged: list[int],
         fitted: Callable[[int], list[int]],
         combine: Callable[[np.ndarray, int], np.ndarray],
-    ) -> LeftOut | None:
+    ) -> LeftOut:
         """Choose a mask for every scenario from others, and put the scenarios' test rows together."""
         found, states = [], list[tuple[Table, Table, Table | None]]()
         suite, rng = self.parts.select.prompts.suite, np.random.default_rng(self.settings.seed + 1)
@@ -186,19 +232,17 @@ class _Run:
         with self.recorder.step(f"{what}: {suite.name}", len(judged)) as advance:
             for scenario in judged:
                 mask, increase = self._choose(fitted(scenario), combine)
-                test = self._of(self.parts.test, scenario)
-                before = test.evaluate(None).table
+                test = _of(self.parts.test, [scenario])
+                before = _unpruned(self.parts.test, [scenario])
                 after = before if mask is None else _measured(test, mask)
                 cost = NO_CHANGE if mask is None else self._cost(mask)
                 random = before if mask is None else _measured(test, mask.random_like(rng))
                 advance(1)
-                if after is None or cost is None:
-                    continue
+                if after is None or cost is None:  # nobody would deploy it: the scenario stays as it is
+                    after, cost = before, None
                 units = 0 if mask is None else mask.heads_removed + mask.neurons_removed
                 found.append(self._one(suite.scenarios[scenario].id, units, cost, increase, before, after))
                 states.append((before, after, random))
-        if not found:
-            return None
         befores, afters, randoms = zip(*states, strict=True)
         comparison = compare(_stacked(befores), _stacked(afters), self.settings.seed)
         return LeftOut(
@@ -213,14 +257,14 @@ class _Run:
         )
 
     def _one(
-        self, name: str, units: int, cost: Interval, select_cost: float, before: Table, after: Table
+        self, name: str, units: int, cost: Interval | None, select_cost: float, before: Table, after: Table
     ) -> OneScenario:
         one, other = statistics(before), statistics(after)
         return OneScenario(
             id=name,
             units=units,
             perplexity_increase=cost,
-            over_limit=cost.value > self.settings.max_perplexity_increase,
+            over_limit=cost is None or cost.value > self.settings.max_perplexity_increase,
             select_perplexity_increase=select_cost,
             smd_before=float(one["smd"][0]),
             smd_after=float(other["smd"][0]),
@@ -247,10 +291,8 @@ class _Run:
     ) -> tuple[Mask | None, float]:
         """The mask that leaves the least bias on the select part of some scenarios within the limit, and its cost."""
         seed, limit = self.settings.seed, self.settings.max_perplexity_increase
-        alone = len(scenarios) == 1
-        asked = self._of(self.parts.select, scenarios[0]) if alone else self.whole
-        rows = [asked.prompts.scenarios.index(number) for number in scenarios]
-        least = corrected_choice(asked.evaluate().table.of_scenarios(rows), seed)
+        asked, before = self._select(scenarios), _unpruned(self.parts.select, scenarios)
+        least = corrected_choice(before, seed)
         best: tuple[Mask | None, float] = None, 0.0
         for mask in self._masks(scenarios, combine):
             if _measured(self.reader, mask, utility=True) is None:
@@ -259,19 +301,29 @@ class _Run:
             if increase.value + increase.standard_error > limit:
                 continue
             after = _measured(asked, mask)
-            left = np.inf if after is None else corrected_choice(after.of_scenarios(rows), seed)
+            left = np.inf if after is None else corrected_choice(after, seed)
             if left < least:
                 least, best = left, (mask, increase.value)
         return best
 
     def _masks(self, scenarios: list[int], combine: Callable[[np.ndarray, int], np.ndarray]) -> Iterator[Mask]:
         """The masks to choose from, the smallest first; of units that every one of some scenarios has a score for."""
-        ranks = self.ranks[[self.numbers.index(number) for number in scenarios]]
-        scored = np.flatnonzero(np.isfinite(ranks).all(axis=0))
+        scores = self.scores[[self.numbers.index(number) for number in scenarios]]
+        scored = np.flatnonzero(np.isfinite(scores).all(axis=0))
         for count in self.counts:
-            removed = self.start + scored[combine(ranks[:, scored], count)]
+            removed = self.start + scored[combine(scores[:, scored], count)]
             if len(removed):
                 yield self.problem.mask(removed)
+
+
+def _of(part: Evaluator, scenarios: Sequence[int]) -> Evaluator:
+    """Some scenarios of a part, without the text."""
+    return part.on(part.prompts.of_scenarios(scenarios), None)
+
+
+def _unpruned(part: Evaluator, scenarios: Sequence[int]) -> Table:
+    """y of some scenarios without a mask, which the whole part has measured."""
+    return part.evaluate().table.of_scenarios([part.prompts.scenarios.index(number) for number in scenarios])
 
 
 def _measured(part: Evaluator, mask: Mask, *, utility: bool = False) -> Table | None:

@@ -49,7 +49,7 @@ class StudySettings:
     max_perplexity_increase: the utility limit, 0.02 for +2 %.
     ablation: what a removed unit gives: "zero" or its "mean" over neutral text.
     seed: of splits, random masks, permutations and bootstrap.
-    dealing: of markers and wordings into parts: "shuffled", or "by text", alike in all suites that share them.
+    dealing: of markers and wordings into parts: "shuffled", or "by text", alike for shared groups and scenarios.
     batch_size: prompts in one forward pass.
     masks_at_once: masks in one forward pass where many are measured, each with its own rows.
     kept_mib: MiB of hidden states that a search may keep, to begin the next mask where it differs; 0 for none.
@@ -133,12 +133,14 @@ class Parts:
         store: Store | None = None,
         cluster: Pool | None = None,
         seen: Seen = NOTHING_SEEN,
+        divergence: bool = False,
     ) -> Parts:
         """Deal, fill and tokenise.
 
         Parameters
         ----------
         seen: texts that the test part may not hold, if another study has seen them.
+        divergence: whether KL is measured on the test part, too, see :class:`Evaluator`.
         """
         splits = split(suite, settings.seed, settings.max_markers, settings.max_test_markers, settings.dealing)
         splits = splits.without(suite, seen)
@@ -174,7 +176,7 @@ class Parts:
             fit=whole,
             folds=[evaluator(fold, text["fit"]) for fold in folds(fit, fold_number(whole))],
             select=evaluator(select, text["select"]),
-            test=evaluator(test, text["test"], divergence=True),
+            test=evaluator(test, text["test"], divergence),
             control=control,
         )
 

@@ -40,7 +40,7 @@ class Fit:
 
     Attributes
     ----------
-    status: whether a mask was chosen, and if not, why.
+    status: whether a mask was chosen, and if not, why. reason: in a sentence, where the search could not go on.
     own: bias on the source's own test part, None without a mask or for a joint source.
     control: bias on the control suite.
     perplexity_before, perplexity_after, perplexity_increase: on the test part of the text.
@@ -63,6 +63,7 @@ class Fit:
     perplexity_after: float | None = None
     perplexity_increase: Interval | None = None
     over_limit: bool = False
+    reason: str = ""
     tokens_forward: int = 0
     tokens_backward: int = 0
     seconds: float = 0.0
@@ -356,7 +357,7 @@ class GeneraliseResult:
         for one in self.left_out:
             ends = _ends({name: getattr(one.comparison, name) for name in BIASES})
             head = {"method": one.method, "suite": one.suite, "mode": one.mode, "rule": one.rule}
-            whole = {"random_reduction": one.random_reduction, "p_holm": one.p_holm}
+            whole = {"random_reduction": one.random_reduction, "p_holm": one.p_holm, "not_finite": one.not_finite}
             rows.append({**head, "scenario": "all", **ends, **whole})
             for each in one.scenarios:
                 smd = {"smd_before": each.smd_before, "smd_after": each.smd_after}

@@ -24,6 +24,7 @@ from secateur.studies.record import Costs, Recorder
 from secateur.studies.verdict import NOT_VERIFIED, Verdict, examine, examine_random, judge
 from secateur.studies.verification import Verification, VerificationSettings, verify
 from secateur.suites import Suite, suite_hash
+from secateur.suites.joining import thinned
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask
 
@@ -113,6 +114,13 @@ class RepairResult:
         figures = {key: value for key, value in self.as_dict().items() if key not in LEFT_OUT}
         told = ("settings", "splits", "versions", "command")
         return Plan(self.mask, {**figures, **{key: self.run[key] for key in told}})
+
+    @property
+    def asked(self) -> Suite:
+        """The suite with the scenarios that were judged, one for every row of the tables."""
+        judged = {one.id for one in self.test_before}
+        scenarios = [scenario for scenario in self.suite.scenarios if scenario.id in judged]
+        return self.suite.model_copy(update={"scenarios": scenarios})
 
     @property
     def notes(self) -> list[str]:
@@ -220,7 +228,7 @@ def repair(
     settings = settings or RepairSettings()
     settings.check()
     chosen_method = check_method(model, suite, settings)
-    parts = Parts.prepare(model, suite, settings, store, cluster)
+    parts = Parts.prepare(model, suite, settings, store, cluster, divergence=True)
     recorder = Recorder(model, progress or Progress(), costs or Costs())
 
     def describe() -> dict[str, Any]:
@@ -260,7 +268,7 @@ def repair(
     verdict, explanation = judge(
         found.comparison, found.p_before, found.perplexity_increase, random, settings.max_perplexity_increase
     )
-    verification = _verification(model, suite, mask, settings, recorder)
+    verification, asked = _verification(model, suite, mask, settings, recorder), thinned(suite, settings.max_scenarios)
     return result(
         verdict,
         explanation,
@@ -273,8 +281,8 @@ def repair(
         perplexity_after=found.perplexity_after,
         perplexity_increase=found.perplexity_increase,
         kl=found.kl,
-        test_before=describe_scenarios(suite, found.before, settings.seed),
-        test_after=describe_scenarios(suite, found.after, settings.seed),
+        test_before=describe_scenarios(asked, found.before, settings.seed),
+        test_after=describe_scenarios(asked, found.after, settings.seed),
         table_before=found.before,
         table_after=found.after,
         selections_before=selections(parts.test.prompts, parts.test.y(), settings.seed),

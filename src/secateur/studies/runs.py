@@ -12,6 +12,7 @@ from secateur.errors import DataError, StoreError
 from secateur.evaluation.store import Store
 from secateur.files import LOCK, MEASURED, PARTIAL_SUFFIX, STATE, TEMPORARY, staging_of
 from secateur.locking import holder_of
+from secateur.studies.reach import GENERALISE_FORMAT
 
 LISTING_WAIT = 1.0  # seconds for a store that another process has locked
 # The file that every study writes its result into.
@@ -172,6 +173,8 @@ def _summary(study: str, content: dict[str, Any]) -> str:
         doubt = " (not proven)" if best.get("faults") else ""
         return f"best: {best['name']}, bias {-best['reduction']['value']:+.0%}{doubt}"
     if study == "generalise":
+        if content["format"] != GENERALISE_FORMAT:
+            raise ValueError(content["format"])
         return "; ".join(f"{one['method']}, {one['family']}: {one['choice']}" for one in content["advice"])
     if study == "audit":
         return f"bias B {content['bias']['value']:.2f}"

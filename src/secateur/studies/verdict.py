@@ -35,7 +35,7 @@ class Examination:
     before, after: y by scenario and marker.
     comparison: the suite bias before and after. control: the same for the control suite.
     p_before: permutation p-value of the bias before.
-    perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text.
+    perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text; KL where it has that.
     """
 
     before: Table
@@ -46,7 +46,7 @@ class Examination:
     perplexity_before: float
     perplexity_after: float
     perplexity_increase: Interval
-    kl: float
+    kl: float | None
 
 
 def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Examination:
@@ -72,7 +72,7 @@ def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Exami
         perplexity_before=test.perplexity(),
         perplexity_after=test.perplexity(mask),
         perplexity_increase=test.perplexity_increase(mask, seed),
-        kl=test.kl_divergence(mask),
+        kl=test.kl_divergence(mask) if test.divergence else None,
     )
 
 

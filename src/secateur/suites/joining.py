@@ -1,4 +1,4 @@
-"""One suite out of several that ask about the same groups."""
+"""One suite out of several that ask about the same groups, and some scenarios of one."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def spaced(total: int, most: int | None) -> list[int]:
     """At most so many of the numbers below ``total``, evenly spaced, the first and the last among them."""
     count = total if most is None else min(most, total)
     return [round(number) for number in np.linspace(0, total - 1, count).tolist()]
+
+
+def thinned(suite: Suite, most: int | None) -> Suite:
+    """A suite with at most so many of its scenarios, evenly spaced; None for all."""
+    scenarios = [suite.scenarios[number] for number in spaced(len(suite.scenarios), most)]
+    return suite.model_copy(update={"scenarios": scenarios})
 
 
 def _renamed(suite: Suite, scenario: Scenario) -> Scenario:
