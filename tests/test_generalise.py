@@ -476,7 +476,7 @@ def test_a_joint_plan_is_tested_on_the_suite_that_was_left_out() -> None:
         secateur.Plan(mask, {**record, "sources": names, "target": None}).held_out(None, {})
 
 
-def test_answers_that_are_not_finite_leave_a_pair_out(
+def test_answers_that_are_not_finite_count_as_no_repair(
     tmp_path: Path, output: Path, call: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure, fit = Evaluator.evaluate, Fitting._fit
@@ -496,8 +496,10 @@ def test_answers_that_are_not_finite_leave_a_pair_out(
     outcome = run(call, tmp_path, output, count=2)
     assert outcome.status == 0
     result = json.loads((output / "generalise.json").read_text())
-    assert any("repair for one, answers to two are not finite" in note for note in result["notes"])
-    assert ("one", "two") not in {(cell["source"], cell["target"]) for cell in result["cells"]}
+    faults = {(cell["source"], cell["target"]): cell["faults"] for cell in result["cells"]}
+    assert faults["one", "two"] == ["answers are not finite"]
+    (summary,) = (row for row in result["summary"] if row["relation"] == "across")
+    assert (summary["pairs"], summary["without_repair"] >= 1) == (2, True)
 
 
 @pytest.fixture
@@ -910,7 +912,7 @@ def cell(**changes: Any) -> Cell:
          ["did not fall"]),
         ({"over_limit": True, "largest_random": None}, ["no random masks judged", "over the limit"]),
         ({"foreign_text": True}, ["perplexity is of a text in another language"]),
-        ({"repaired": False, "largest_random": None}, ["no repair found"]),
+        ({"unusable": "no repair found", "largest_random": None}, ["no repair found"]),
     ],
 )  # fmt: skip
 def test_what_keeps_a_cell_from_being_proven(changes: dict[str, Any], faults: list[str]) -> None:
@@ -954,7 +956,7 @@ def test_p_values_are_corrected_within_a_question() -> None:
     """Seven pairs in other domains, one that differs in more, and those of another method: three families."""
     kinds: list[dict[str, Any]] = [{}] * 7
     kinds += [{"differs": ("attribute", "domain")}, {"method": "gates"}, {"method": "gates"}]
-    aside = [cell(relation="random", p_holm=1.0), cell(repaired=False, p_holm=1.0)]
+    aside = [cell(relation="random", p_holm=1.0), cell(unusable="no repair found", p_holm=1.0)]
     found = with_holm([*(cell(**kind) for kind in kinds), *aside])
     p = p_value(cell().change)
     assert [one.p_holm for one in found] == pytest.approx([*[7 * p] * 7, p, 2 * p, 2 * p, 1.0, 1.0])
@@ -1045,12 +1047,12 @@ def test_the_verdict_says_where_repairs_help() -> None:
     assert "without random masks to compare with nothing is proven" in verdict_of(rows, compared=False)
     assert verdict_of([], compared=True) == "No repair was found that could be judged."
     risen = {"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3)}
-    away = [*pairs("across", 1, 2), cell(target="3", **risen), cell(target="4", repaired=False)]
+    away = [*pairs("across", 1, 2), cell(target="3", **risen), cell(target="4", unusable="no repair found")]
     assert summed_up(*away) == (
         "Of 4 pairs of a fitted and a judged use with a bias, repairs are proven to lower it in other domains in 1 of "
         "4. For 1 of all 5 pairs no repair was found. In 1 of all 5 pairs the bias is shown to have risen."
     )
-    assert summed_up(cell(repaired=False)) == "No repair was found that could be judged."
+    assert summed_up(cell(unusable="no repair found")) == "No repair was found that could be judged."
 
 
 @pytest.mark.usefixtures("chosen_anyway")

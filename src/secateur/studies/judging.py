@@ -25,7 +25,7 @@ from secateur.measures.selection import StateSelections, selections
 from secateur.measures.splits import NOTHING_SEEN
 from secateur.studies.advice import Advice, Use, advise
 from secateur.studies.fitting import Fitting
-from secateur.studies.reach import Cell, Summary
+from secateur.studies.reach import NO_REPAIR, NOT_FINITE, Cell, Summary
 from secateur.studies.relations import Mode, Relation, differences, family_of, relation
 from secateur.studies.summary import Squares, summarise
 from secateur.suites import Suite
@@ -43,8 +43,9 @@ class Judging:
     Attributes
     ----------
     modes: which pairs of suites are looked at. random_draws: random masks judged on every target.
-    after: y on the test part of a target, by method, source and target. random: under every random mask, by method and
-        target.
+    after: y on the test part of a target, by method, source and target, without a mask where one is unusable.
+    unusable: by the same, why nothing was judged: there is no mask, or answers under it are not finite.
+    random: y under every random mask, by method and target.
     notes: what could not be judged, in sentences.
     """
 
@@ -52,6 +53,7 @@ class Judging:
     modes: Sequence[Mode]
     random_draws: int
     after: dict[tuple[str, str, str], Table] = field(init=False, default_factory=dict)
+    unusable: dict[tuple[str, str, str], str] = field(init=False, default_factory=dict)
     random: dict[tuple[str, str], list[Table]] = field(init=False, default_factory=dict)
     notes: list[str] = field(init=False, default_factory=list)
 
@@ -62,7 +64,8 @@ class Judging:
     def judge(self, name: str) -> list[Cell]:
         """Every mask of a method on every target that the modes are about, and random masks beside them.
 
-        Where there is no mask, all stays as it is: left out, a method that hardly ever finds one would look its best.
+        Where there is no mask, or answers under it are not finite, all stays as it is: left out, a method that hardly
+        ever finds a repair that works would look its best.
         """
         cells = []
         for target in self.fitted.suites:
@@ -74,12 +77,10 @@ class Judging:
             self.random[name, target.name] = random
             under = dict(zip(masks, measured, strict=False))
             for source, how in judged:
-                after = under.get(source, self._before(target))
+                after = under.get(source)
                 if after is None:
-                    self.notes.append(
-                        f"{name}: under the repair for {source}, answers to {target.name} are not finite."
-                    )
-                    continue
+                    self.unusable[name, source, target.name] = NOT_FINITE if source in under else NO_REPAIR
+                    after = self._before(target)
                 self.after[name, source, target.name] = after
                 cells.append(self._cell(name, source, target, how, random))
             cells += [self._random_cell(name, target, random)] if random else []
@@ -150,7 +151,7 @@ class Judging:
             change=found.change,
             mean_abs_smd=(raw[0].mean_abs_smd, raw[1].mean_abs_smd),
             mean_abs_gap=(raw[0].mean_abs_gap, raw[1].mean_abs_gap),
-            repaired=(name, source) in self.fitted.masks,
+            unusable=self.unusable.get((name, source, target.name), ""),
             perplexity_increase=fit.perplexity_increase,
             over_limit=fit.over_limit,
             foreign_text=self._foreign_text(home or target, target),
@@ -264,7 +265,7 @@ class Judging:
             for name in names:
                 for source, how in meant:
                     mask = self.fitted.masks.get((name, source))
-                    if mask is not None and (name, source, target.name) in self.after:
+                    if mask is not None and (name, source, target.name) not in self.unusable:
                         states[f"{name}, {MEANT_FOR[how]}"] = mask
             rates = {state: selections(test.prompts, test.y(mask), self._seed) for state, mask in states.items()}
             found += [StateSelections(target.name, state, of) for state, of in rates.items() if of]

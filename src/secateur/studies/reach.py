@@ -32,6 +32,7 @@ PLACES: dict[Relation, str] = {
 BIASES = ("before", "after", "reduction", "change")
 FOREIGN_TEXT = "perplexity is of a text in another language"
 NO_REPAIR = "no repair found"
+NOT_FINITE = "answers are not finite"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Cell:
         largest draw.
     mean_abs_smd, mean_abs_gap: mean |SMD| and mean |gap| before and after, both raw: a repair that only widens the
         spread within groups lowers B and leaves the gap.
-    repaired: whether there is a mask at all; without one, all stays as it is.
+    unusable: why there is no mask to judge, in words; empty where there is one. Without one, all stays as it is.
     perplexity_increase: under the mask, on the test part of the text; None for random masks.
     over_limit: whether that breaks the utility limit.
     foreign_text: whether source or target are in another language than the text, so that the limit says nothing of it.
@@ -124,12 +125,17 @@ class Cell:
     change: Interval
     mean_abs_smd: tuple[float, float]
     mean_abs_gap: tuple[float, float]
-    repaired: bool = True
+    unusable: str = ""
     perplexity_increase: Interval | None = None
     over_limit: bool = False
     foreign_text: bool = False
     largest_random: float | None = None
     p_holm: float = 1.0
+
+    @property
+    def repaired(self) -> bool:
+        """Whether there is a mask to judge."""
+        return not self.unusable
 
     @property
     def bias_shown(self) -> bool:
@@ -154,8 +160,8 @@ class Cell:
     @property
     def faults(self) -> list[str]:
         """What keeps a repair from being proven, in words."""
-        if not self.repaired:
-            return [NO_REPAIR]
+        if self.unusable:
+            return [self.unusable]
         found = faults_of(self.p_before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
         return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
@@ -173,7 +179,7 @@ class Cell:
     def as_dict(self) -> dict[str, Any]:
         """One entry of ``cells`` in ``generalise.json``."""
         faults = [] if self.relation == "random" else self.faults
-        told = {"change_percent": self.change_percent.as_dict(), "interval": self.interval}
+        told = {"change_percent": self.change_percent.as_dict(), "interval": self.interval, "repaired": self.repaired}
         return {**asdict(self), **told, "proven": self.proven, "rose": self.rose, "faults": faults}
 
 
@@ -184,7 +190,8 @@ class Summary:
     Attributes
     ----------
     pairs: that differ in one thing at most. set_aside: those that differ in more.
-    without_repair: pairs for whose source no repair was found, so that the use stays as it is.
+    without_repair: pairs for whose source no repair was found, or under which answers are not finite, so that the use
+        stays as it is.
     biased: pairs with a bias before that can be told from chance on the target's test part.
     proven: of these, how many are. rose: pairs in which the bias can be told from chance to have risen.
     pooled: B before and after over all of these pairs, biased or not, as over one large suite; None without any.
