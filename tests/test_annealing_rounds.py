@@ -18,7 +18,7 @@ from secateur.evaluation.racing import Race
 from secateur.scoring.attribution import Attribution, Effects, disparity
 from secateur.scoring.base import notes_of
 from secateur.scoring.linear_outcome import joined
-from secateur.search.annealing import Annealing, CautiousEnergy, find_items, first_states, with_flips
+from secateur.search.annealing import Annealing, CautiousEnergy, Surveyed, find_items, first_states, with_flips
 from secateur.search.base import Outcome, Problem
 from secateur.search.chains import draw_states
 from secateur.search.draw import Estimate, Gaps
@@ -114,14 +114,33 @@ def test_a_cautious_energy_is_mean_plus_disagreement_and_prices_increases_alone(
             torch.testing.assert_close(mine[0], energy.of(states)[number], rtol=1e-3, atol=1e-3)
 
 
-def propose(search: Annealing, problem: Problem, scorer: Any) -> list[Any]:
+def propose(search: Annealing, problem: Problem, scorer: Any, most: float = np.inf) -> list[Any]:
+    """What is proposed where masks of up to so many units keep to the limit."""
     proposals, found = search.proposals(problem, scorer), []
     with suppress(StopIteration):
         selection = next(proposals)
         while True:
             found.append(selection)
-            selection = proposals.send(Outcome(0.1, 0.0, True))
+            selection = proposals.send(Outcome(0.1, 0.0, len(selection.removed) <= most))
     return found
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5])
+def test_where_no_finalist_keeps_to_the_limit_the_front_is_halved_towards_fewer_units(most: int) -> None:
+    problem = problem_of()
+    finalists = propose(SMALL, problem, Attribution())
+    assert isinstance(problem.scores, Surveyed)
+    units = problem.scores.believed.units[problem.scores.believed.front]
+    fewest = min(len(one.removed) for one in finalists)
+    smaller = np.sort(units[units < fewest])
+    more = propose(SMALL, problem_of(), Attribution(), most)[len(finalists) :]
+    if fewest <= most:
+        assert not more
+        return
+    counts = [len(one.removed) for one in more]
+    assert len(counts) <= 1 + np.log2(1 + len(smaller))
+    kept = [count for count in counts if count <= most]
+    assert max(kept, default=0) == max(smaller[smaller <= most], default=0)
 
 
 def test_the_search_measures_what_it_may_and_proposes_its_front() -> None:

@@ -16,7 +16,6 @@ import secateur
 from secateur.attenuation import Attenuation
 from secateur.errors import SettingError
 from secateur.evaluation import Evaluator
-from secateur.measures.answers import batch_y
 from secateur.measures.disparity import Table
 from secateur.measures.prompts import build_prompts
 from secateur.measures.splits import split, whole
@@ -97,15 +96,13 @@ def test_a_training_goes_on_where_the_one_before_stopped(worded: Evaluator, monk
     assert sorted(asked) == list(range(12))
 
 
-def test_answers_that_shrink_as_a_whole_win_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = fit_of()
-    lesson = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0)
-    with torch.no_grad():
-        before = float(lesson.loss(fit.model, 0))
-        monkeypatch.setattr("secateur.scoring.gates.batch_y", lambda *asked: 0.5 * batch_y(*asked))
-        assert float(lesson.loss(fit.model, 0)) == pytest.approx(before, rel=1e-4)
-        monkeypatch.setattr("secateur.scoring.gates.batch_y", lambda *asked: 1e-6 * batch_y(*asked))
-        assert float(lesson.loss(fit.model, 0)) < before, "a spread of nothing is not believed"
+def test_answers_to_single_names_that_move_apart_win_nothing() -> None:
+    part = Lesson.prepare(fit_of(), table_of(fit_of()), prompts=99, seed=0).parts[0]
+    y = torch.randn(len(part.markers), generator=torch.Generator().manual_seed(0))
+    group = part.groups[part.markers]
+    mean = torch.stack([y[group == one].mean() for one in group.unique()])[group]
+    assert float(part.gaps(mean + 3 * (y - mean))) == pytest.approx(float(part.gaps(y)), rel=1e-4)
+    assert float(part.gaps(y + (group == 0))) != pytest.approx(float(part.gaps(y)), rel=1e-2)
 
 
 def test_gates_stay_between_0_and_1_and_every_one_may_move() -> None:
@@ -222,7 +219,7 @@ def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
     # 16 and 23 lie between 8 and 32; 8 with the least bias is what the further rounds start from.
     assert [len(selection.removed) for selection in found] == [2, 8, 32, 16, 23, 9, 10, 11]
     assert [selection.removed.tolist() for selection in found[5:]] == [list(range(n)) for n in (9, 10, 11)]
-    assert scorer.__dict__["damages"] == [5.0, 2.5, 5.0]
+    assert scorer.__dict__["damages"] == [5.0, 2.5, 10.0]
     assert found[0].kind == "heads"
     assert found[2].kind == "both"
 

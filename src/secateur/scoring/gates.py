@@ -5,10 +5,12 @@ Gates m_u multiply the units and start at 1. Each step takes one scenario and a 
     mean over pairs of groups (gap / spread)^2  +  lambda KL(unpruned || gated)  +  mu sum_u (1 - m_u)  +
     rho sum_u m_u (1 - m_u)
 
-by Adam, after which the gates are clamped to [0, 1]; gap and spread are those of D under the gates, so that answers
-which shrink as a whole win nothing. Each step asks a part of a scenario's markers, all of them in turn, or the gates
-would be fitted to a few names. The term in rho, off at first, drives gates to 0 or 1. Relaxed gates for pruning go
-back to Louizos et al. (2018); without their noise, the end is as good and simpler.
+by Adam, after which the gates are clamped to [0, 1]. The spread is the unpruned model's: with that under the gates, the
+easiest way down is to move the answers to single names apart, which holds for no other name. Answers that shrink as a
+whole therefore look better than they are, which choosing by B on select finds out. Each step asks a part of a
+scenario's markers, all of them in turn, or the gates would be fitted to a few names. The term in rho, off at first,
+drives gates to 0 or 1. Relaxed gates for pruning go back to Louizos et al. (2018); without their noise, the end is as
+good and simpler.
 """
 
 from __future__ import annotations
@@ -35,8 +37,6 @@ from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
 TEXT_TOKENS = 128
-# Of the unpruned model's spread: what is left of it under gates is not believed below this share.
-SPREAD_FLOOR = 0.1
 # The last steps are smaller and smaller, so that gates come to rest where many draws agree. Where gates are driven to
 # 0 or 1 they rest there anyway: then the last steps are as large as the first, under all of rho, or many gates would be
 # left on the way.
@@ -180,22 +180,21 @@ class LessonPart:
     ----------
     batches: the prompts in one or more forward passes. markers: (prompts,), the number of each prompt's marker.
     groups: (markers,), the group of each marker.
-    floor: the least variance within groups that is believed.
+    variance: within groups, of the unpruned model.
     """
 
     batches: list[Batch]
     markers: Tensor
     groups: Tensor
-    floor: float
+    variance: float
 
     def gaps(self, y: Tensor) -> Tensor:
         """Mean over pairs of groups of (gap / spread)^2, from y by prompt, (prompts,)."""
         owner = self.markers.to(y.device)
         total, count = (y.new_zeros(len(self.groups)).index_add(0, owner, one) for one in (y, torch.ones_like(y)))
         by_group = [(total / count)[(self.groups == group).to(y.device)] for group in self.groups.unique()]
-        variance = torch.stack([some.var() for some in by_group]).mean().clamp_min(self.floor)
         gaps = torch.stack([one.mean() - other.mean() for one, other in combinations(by_group, 2)])
-        return (gaps.square() / variance).mean()
+        return gaps.square().mean() / self.variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +210,7 @@ class Lesson:
 
         Parameters
         ----------
-        table: answers of the unpruned model, whose spread is the floor of what is believed.
+        table: answers of the unpruned model, whose spread standardises the gaps.
         prompts: in a part, about so many.
         """
         rng, known = np.random.default_rng(seed), fit.prompts
@@ -224,7 +223,7 @@ class Lesson:
         for row, scenario in enumerate(known.scenarios):
             wordings = len(known.of_scenarios([scenario])) / len(known.markers)
             wanted = round(fewest * len(groups) * wordings / prompts)
-            deals = max(1, min(fewest // 2, wanted))  # a spread needs two of each
+            deals = max(1, min(fewest // 2, wanted))  # the gap of one name each is mostly that of the names
             dealt = [np.array_split(rng.permutation(some), deals) for some in members]
             for hands in zip(*dealt, strict=True):
                 drawn = set(np.concatenate(hands).tolist())
@@ -232,8 +231,8 @@ class Lesson:
                 named = sorted(drawn)
                 owner = torch.tensor([named.index(prompt.marker) for prompt in asked.prompts])
                 of_groups = torch.tensor([group_of[marker] for marker in named])
-                floor = float(SPREAD_FLOOR * spread[row]) ** 2
-                parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, of_groups, floor))
+                variance = float(spread[row]) ** 2
+                parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, of_groups, variance))
         return cls(fit, parts)
 
     def loss(self, model: LanguageModel, number: int) -> Tensor:

@@ -132,7 +132,8 @@ class Annealing(Settings):
     chains, steps, cooling: of the annealing.
     markers: of each group that a scenario of a draw asks, other ones in the next. windows: of the neutral text.
     race: how many times as many states as are measured are looked at on a slice of the draw first; 1 for no race.
-    finalists: masks of the Pareto front that are measured on select.
+    finalists: masks of the Pareto front that are measured on select; where none of them keeps to the utility limit,
+        some with fewer units are, too.
     seed: of all draws; that of the study unless it is set.
 
     All ours.
@@ -190,9 +191,30 @@ class Annealing(Settings):
             return
         believed = survey.beliefs(prior)
         problem.scores = Surveyed(scores.effect, scores.error, scores.cost, scores.damage, believed, survey.limit)
-        for position in believed.finalists(self.finalists, survey.before, survey.limit):
-            removed = survey.units_of(believed.states[position])
-            yield Selection.of_units(removed, problem.space, believed.figures(position))
+        taken, kept = believed.finalists(self.finalists, survey.before, survey.limit), False
+        for position in taken:
+            outcome = yield self._selection(survey, believed, position)
+            kept |= outcome.within_limit
+        if not kept:
+            yield from self._fewer_units(survey, believed, taken)
+
+    def _fewer_units(self, survey: Survey, believed: Beliefs, taken: Sequence[int]) -> Proposals:
+        """Where no finalist keeps to the limit: on the front towards fewer units, halving until one does.
+
+        What masks cost is learnt on little text, which those that suit it best flatter most.
+        """
+        most = min(believed.units[list(taken)], default=0)
+        smaller = [int(one) for one in believed.front if believed.units[one] < most]
+        smaller.sort(key=lambda one: believed.units[one])
+        inside, beyond = -1, len(smaller)
+        while beyond - inside > 1:
+            middle = (inside + beyond) // 2
+            outcome = yield self._selection(survey, believed, smaller[middle])
+            inside, beyond = (middle, beyond) if outcome.within_limit else (inside, middle)
+
+    def _selection(self, survey: Survey, believed: Beliefs, position: int) -> Selection:
+        removed = survey.units_of(believed.states[position])
+        return Selection.of_units(removed, survey.problem.space, believed.figures(position))
 
     def _promising(self, survey: Survey, believed: Beliefs, count: int, number: int) -> list[np.ndarray]:
         """New states of low energy: at every price in turn, by all members and by single ones."""

@@ -27,7 +27,7 @@ class Rounding(Settings):
     bisections: counts that are tried between the largest within the limit and the smallest beyond.
     rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
         best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
-        utility limit, damage weighs twice as much in the next round, and half as much where it does not.
+        utility limit, damage weighs four times as much in the next round, and half as much where it does not.
     steps: of each such training.
     pool: see rounds.
     polarity: how hard gates are driven to 0 or 1 at its end.
@@ -122,4 +122,4 @@ class Rounding(Settings):
             if not len(closed_now):
                 return
             outcome = yield self._selection(problem, gates, closed_now, {"round": number, "damage": damage})
-            damage *= 0.5 if outcome.within_limit else 2.0
+            damage *= 0.5 if outcome.within_limit else 4.0
