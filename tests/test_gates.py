@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,9 @@ def asked_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     loss = Lesson.loss
 
-    def heard(self: Lesson, model: LanguageModel, number: int) -> torch.Tensor:
+    def heard(self: Lesson, model: LanguageModel, number: int, own_spread: bool = False) -> torch.Tensor:
         asked.append(number)
-        return loss(self, model, number)
+        return loss(self, model, number, own_spread)
 
     monkeypatch.setattr(Lesson, "loss", heard)
     return asked
@@ -96,13 +97,24 @@ def test_a_training_goes_on_where_the_one_before_stopped(worded: Evaluator, monk
     assert sorted(asked) == list(range(12))
 
 
-def test_answers_to_single_names_that_move_apart_win_nothing() -> None:
-    part = Lesson.prepare(fit_of(), table_of(fit_of()), prompts=99, seed=0).parts[0]
+def test_neither_names_that_move_apart_nor_answers_that_shrink_win_anything() -> None:
+    """The first by the unpruned model's spread, the second by that of the answers."""
+    fit = fit_of()
+    part = Lesson.prepare(fit, table_of(fit), prompts=99, seed=0).parts[0]
     y = torch.randn(len(part.markers), generator=torch.Generator().manual_seed(0))
     group = part.groups[part.markers]
     mean = torch.stack([y[group == one].mean() for one in group.unique()])[group]
-    assert float(part.gaps(mean + 3 * (y - mean))) == pytest.approx(float(part.gaps(y)), rel=1e-4)
-    assert float(part.gaps(y + (group == 0))) != pytest.approx(float(part.gaps(y)), rel=1e-2)
+    apart, shrunk = mean + 3 * (y - mean), 0.5 * y
+
+    def loss(answers: torch.Tensor, *, own: bool, variance: float = part.variance) -> float:
+        return float(replace(part, variance=variance).gaps(answers, own_spread=own))
+
+    assert loss(apart, own=False) == pytest.approx(loss(y, own=False), rel=1e-4)
+    assert loss(shrunk, own=False) == pytest.approx(loss(y, own=False) / 4, rel=1e-4)
+    own = loss(y, own=True, variance=1e-9)  # all of the spread is believed
+    assert loss(shrunk, own=True, variance=1e-9) == pytest.approx(own, rel=1e-4)
+    assert loss(apart, own=True, variance=1e-9) == pytest.approx(own / 9, rel=1e-3)
+    assert loss(y, own=True, variance=1e9) < own, "a spread of nothing is not believed"
 
 
 def test_gates_stay_between_0_and_1_and_every_one_may_move() -> None:

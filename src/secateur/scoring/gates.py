@@ -5,12 +5,12 @@ Gates m_u multiply the units and start at 1. Each step takes one scenario and a 
     mean over pairs of groups (gap / spread)^2  +  lambda KL(unpruned || gated)  +  mu sum_u (1 - m_u)  +
     rho sum_u m_u (1 - m_u)
 
-by Adam, after which the gates are clamped to [0, 1]. The spread is the unpruned model's: with that under the gates, the
-easiest way down is to move the answers to single names apart, which holds for no other name. Answers that shrink as a
-whole therefore look better than they are, which choosing by B on select finds out. Each step asks a part of a
-scenario's markers, all of them in turn, or the gates would be fitted to a few names. The term in rho, off at first,
-drives gates to 0 or 1. Relaxed gates for pruning go back to Louizos et al. (2018); without their noise, the end is as
-good and simpler.
+by Adam, after which the gates are clamped to [0, 1]. While all gates may move, the spread is the unpruned model's: with
+that under the gates, the easiest way down would be to move the answers to single names apart, which holds for no other
+name. The few gates that are trained again go by the spread under the gates, that of D, so that answers which shrink as
+a whole win nothing. Each step asks a part of a scenario's markers, all of them in turn, or the gates would be fitted to
+a few names. The term in rho, off at first, drives gates to 0 or 1. Relaxed gates for pruning go back to Louizos et al.
+(2018); without their noise, the end is as good and simpler.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from secateur.suites import Suite
 from secateur.units import ActivationMeans, Gates, Mask, UnitSpace, gated, masked
 
 TEXT_TOKENS = 128
+# Of the unpruned model's spread: what is left of it under gates is not believed below this share.
+SPREAD_FLOOR = 0.1
 # The last steps are smaller and smaller, so that gates come to rest where many draws agree. Where gates are driven to
 # 0 or 1 they rest there anyway: then the last steps are as large as the first, under all of rho, or many gates would be
 # left on the way.
@@ -128,6 +130,7 @@ class GateTraining(Settings):
         steps: int,
         *,
         free: np.ndarray | None = None,
+        own_spread: bool = False,
         damage: float | None = None,
         polarity: float = 0.0,
         means: ActivationMeans | None = None,
@@ -140,6 +143,7 @@ class GateTraining(Settings):
         course: what to train on; it goes on where the last training left it.
         start: (units,), the gates to begin with.
         free: bool (units,), the gates that may move; None for all.
+        own_spread: standardise gaps by the spread under the gates instead of the unpruned model's.
         damage: lambda, if it is not to be that of the settings.
         polarity: rho in the last steps; it rises evenly from 0 before. With it the learning rate stays as it is.
         """
@@ -156,7 +160,7 @@ class GateTraining(Settings):
             optimiser.param_groups[0]["lr"] = self.learning_rate * (1.0 if polarity else _rate(step, steps))
             weight = self.damage if damage is None else damage
             with torch.enable_grad(), gated(model, gates), model.arithmetic():
-                course.disparity().backward()  # type: ignore[no-untyped-call]
+                course.disparity(own_spread).backward()  # type: ignore[no-untyped-call]
                 (weight * course.divergence(self.windows)).backward()  # type: ignore[no-untyped-call]
             rho = polarity * min(1.0, step / max(1.0, (1 - REST_SHARE) * steps))
             for leaf, place in zip(leaves, slices, strict=True):
@@ -188,13 +192,21 @@ class LessonPart:
     groups: Tensor
     variance: float
 
-    def gaps(self, y: Tensor) -> Tensor:
-        """Mean over pairs of groups of (gap / spread)^2, from y by prompt, (prompts,)."""
+    def gaps(self, y: Tensor, own_spread: bool = False) -> Tensor:
+        """Mean over pairs of groups of (gap / spread)^2, from y by prompt, (prompts,).
+
+        Parameters
+        ----------
+        own_spread: that of y, as far as it is believed, instead of the unpruned model's.
+        """
         owner = self.markers.to(y.device)
         total, count = (y.new_zeros(len(self.groups)).index_add(0, owner, one) for one in (y, torch.ones_like(y)))
         by_group = [(total / count)[(self.groups == group).to(y.device)] for group in self.groups.unique()]
         gaps = torch.stack([one.mean() - other.mean() for one, other in combinations(by_group, 2)])
-        return gaps.square().mean() / self.variance
+        if not own_spread:
+            return gaps.square().mean() / self.variance
+        variance = torch.stack([some.var() for some in by_group]).mean()
+        return gaps.square().mean() / variance.clamp_min(SPREAD_FLOOR**2 * self.variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +235,7 @@ class Lesson:
         for row, scenario in enumerate(known.scenarios):
             wordings = len(known.of_scenarios([scenario])) / len(known.markers)
             wanted = round(fewest * len(groups) * wordings / prompts)
-            deals = max(1, min(fewest // 2, wanted))  # the gap of one name each is mostly that of the names
+            deals = max(1, min(fewest // 2, wanted))  # a spread needs two of each
             dealt = [np.array_split(rng.permutation(some), deals) for some in members]
             for hands in zip(*dealt, strict=True):
                 drawn = set(np.concatenate(hands).tolist())
@@ -235,12 +247,12 @@ class Lesson:
                 parts.append(LessonPart(pack(fit.model, asked, fit.batch_size), owner, of_groups, variance))
         return cls(fit, parts)
 
-    def loss(self, model: LanguageModel, number: int) -> Tensor:
-        """Mean over pairs of (gap / spread)^2 in one part."""
+    def loss(self, model: LanguageModel, number: int, own_spread: bool = False) -> Tensor:
+        """Mean over pairs of (gap / spread)^2 in one part; see :meth:`LessonPart.gaps`."""
         part = self.parts[number]
         y = torch.cat([batch_y(model, self.fit.prompts.suite, batch) for batch in part.batches])  # (prompts,)
         model.usage.backward += sum(batch.tokens for batch in part.batches)
-        return part.gaps(y)
+        return part.gaps(y, own_spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,9 +311,9 @@ class Course:
     def model(self) -> LanguageModel:
         return self.lesson.fit.model
 
-    def disparity(self) -> Tensor:
-        """Mean over pairs of (gap / spread)^2 in the next part of the lesson."""
-        return self.lesson.loss(self.model, next(self.turns))
+    def disparity(self, own_spread: bool = False) -> Tensor:
+        """Mean over pairs of (gap / spread)^2 in the next part of the lesson; see :meth:`LessonPart.gaps`."""
+        return self.lesson.loss(self.model, next(self.turns), own_spread)
 
     def divergence(self, windows: int) -> Tensor:
         """KL(unpruned || as it is) in nats per token of some windows, drawn anew."""

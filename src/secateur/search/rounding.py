@@ -113,6 +113,7 @@ class Rounding(Settings):
                     gates,
                     self.steps,
                     free=free,
+                    own_spread=True,
                     damage=damage,
                     polarity=0.0 if self.soft else self.polarity,
                     means=problem.means,
