@@ -217,6 +217,19 @@ class Trained(GateTraining):
         return 1
 
 
+@pytest.mark.parametrize(("from_round", "rounds"), [(1, 2), (2, 2), (3, 3), (4, 4), (99, 4)])
+def test_rounds_go_on_until_one_keeps_to_the_limit(from_round: int, rounds: int) -> None:
+    fit = fit_of()
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))
+    proposals, found = Rounding(start=2, rounds=2).proposals(problem, Trained()), []
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            found.append(selection.knobs.get("round", 0))
+            selection = proposals.send(Outcome(0.1, 0.0, found[-1] >= from_round))
+    assert found[-1] == rounds
+
+
 def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
     fit = fit_of()
     problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None))

@@ -27,7 +27,8 @@ class Rounding(Settings):
     bisections: counts that are tried between the largest within the limit and the smallest beyond.
     rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
         best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
-        utility limit, damage weighs four times as much in the next round, and half as much where it does not.
+        utility limit, damage weighs four times as much in the next round, and half as much where it does not. Where no
+        round keeps to the limit, there are up to as many more.
     steps: of each such training.
     pool: see rounds.
     polarity: how hard gates are driven to 0 or 1 at its end.
@@ -106,7 +107,9 @@ class Rounding(Settings):
         with problem.localising():
             # Dealt in another way than in the first training, so that lessons do not repeat themselves.
             course = Course.prepare(problem.fit, problem.fit.evaluate().table, scorer.prompts, [scorer.seed, 1])
-        for number in range(1, self.rounds + 1):
+        number, kept = 0, False
+        while number < self.rounds or (not kept and number < 2 * self.rounds):
+            number += 1
             with problem.localising(), problem.step(f"Train the gates again, round {number}", self.steps) as advance:
                 gates = scorer.train(
                     course,
@@ -123,4 +126,5 @@ class Rounding(Settings):
             if not len(closed_now):
                 return
             outcome = yield self._selection(problem, gates, closed_now, {"round": number, "damage": damage})
+            kept |= outcome.within_limit
             damage *= 0.5 if outcome.within_limit else 4.0
