@@ -286,7 +286,7 @@ def test_soft_gates_stay_where_training_left_them() -> None:
         selection = next(proposals)
         while True:
             found.append(problem.mask_of(selection))
-            selection = proposals.send(Outcome(0.2, 0.0, len(found) < 3))
+            selection = proposals.send(Outcome(0.2, 0.0, len(found) < 3 or "round" in selection.knobs))
     assert all(isinstance(mask, Attenuation) for mask in found)
     first, refined = found[0], found[-1]
     np.testing.assert_allclose(first.gates[:3], [0.5, 0.5 + 0.4 / 39, 1], atol=1e-6)
