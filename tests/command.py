@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -68,6 +69,20 @@ def in_another_process(function: Callable[..., None], *arguments: Any) -> BasePr
     process = context.Process(target=function, args=arguments)
     process.start()
     return process
+
+
+@contextmanager
+def waiting_process(function: Callable[..., None], *arguments: Any, says: str) -> Iterator[BaseProcess]:
+    """A process that says a word when it has come so far, and hears of the end of the context by its pipe's end."""
+    child, parent = multiprocessing.Pipe()
+    process = in_another_process(function, *arguments, parent)
+    parent.close()
+    try:
+        assert child.recv() == says
+        yield process
+    finally:
+        child.close()
+        process.join()
 
 
 def small_suite(**changes: Any) -> Document:

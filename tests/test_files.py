@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import in_another_process
+from command import in_another_process, waiting_process
 from safetensors import SafetensorError
 
 from secateur import locking
@@ -260,15 +259,8 @@ def hold(target: Path, parent: Connection) -> None:
 @contextmanager
 def held(target: Path) -> Iterator[BaseProcess]:
     """Another process that writes a directory while the context lasts."""
-    child, parent = multiprocessing.Pipe()
-    process = in_another_process(hold, target, parent)
-    parent.close()
-    try:
-        assert child.recv() == "held"
+    with waiting_process(hold, target, says="held") as process:
         yield process
-    finally:
-        child.close()
-        process.join()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import Command, in_another_process, save_model, write_suite, write_text
+from command import Command, save_model, waiting_process, write_suite, write_text
 
 import secateur
 from secateur.cli import main
@@ -387,15 +386,8 @@ def begin(arguments: list[str], parent: Connection) -> None:
 @contextlib.contextmanager
 def running(arguments: list[str | Path]) -> Iterator[BaseProcess]:
     """Another process that runs the command, and that goes on when the context ends."""
-    child, parent = multiprocessing.Pipe()
-    process = in_another_process(begin, [str(argument) for argument in arguments], parent)
-    parent.close()
-    try:
-        assert child.recv() == "waits"
+    with waiting_process(begin, [str(argument) for argument in arguments], says="waits") as process:
         yield process
-    finally:
-        child.close()
-        process.join()
 
 
 @pytest.mark.parametrize("ends", ["by itself", "by a kill"])

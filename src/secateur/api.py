@@ -172,10 +172,7 @@ def repair(
     with writing(directory, carry_on=True), _State.kept(directory, key, model, [suite], {}) as state:
         if carries_on:
             progress.say(CARRYING_ON)
-        with (
-            Store(directory.staging / MEASURED, model.fingerprint) as store,
-            _actors(ray, model, progress) as cluster,
-        ):
+        with _measuring(directory, ray, model, progress) as (store, cluster):
             result = repairs.repair(
                 model,
                 suite,
@@ -293,10 +290,7 @@ def localise(
     with writing(directory, carry_on=True), _State.kept(directory, key, model, [suite], {}) as state:
         if carries_on:
             progress.say(CARRYING_ON)
-        with (
-            Store(directory.staging / MEASURED, model.fingerprint) as store,
-            _actors(ray, model, progress) as cluster,
-        ):
+        with _measuring(directory, ray, model, progress) as (store, cluster):
             result = localisations.localise(
                 model, suite, chosen, progress=progress, costs=state.costs, store=store, cluster=cluster
             )
@@ -357,10 +351,7 @@ def compare(
             done[found.name] = found
             state.save(finished())
 
-        with (
-            Store(directory.staging / MEASURED, model.fingerprint) as store,
-            _actors(ray, model, progress) as cluster,
-        ):
+        with _measuring(directory, ray, model, progress) as (store, cluster):
             result = comparisons.compare(
                 model,
                 suite,
@@ -443,10 +434,7 @@ def generalise(
             singles[found.method, found.suite] = found
             state.save(finished())
 
-        with (
-            Store(directory.staging / MEASURED, model.fingerprint) as store,
-            _actors(ray, model, progress) as cluster,
-        ):
+        with _measuring(directory, ray, model, progress) as (store, cluster):
             result = generalisations.generalise(
                 model,
                 asked,
@@ -470,6 +458,18 @@ def generalise(
         write_text(directory.staging / "report.html", render_generalise(result, directory.target))
     (directory.target / STATE).unlink(missing_ok=True)
     return result
+
+
+@contextmanager
+def _measuring(
+    directory: OutputDirectory, address: str | None, model: LanguageModel, progress: Progress
+) -> Iterator[tuple[Store, Cluster | None]]:
+    """The store of a run, which keeps what is measured, and the actors that measure, if any."""
+    with (
+        Store(directory.staging / MEASURED, model.fingerprint) as store,
+        _actors(address, model, progress) as cluster,
+    ):
+        yield store, cluster
 
 
 @contextmanager
