@@ -240,13 +240,41 @@ def test_roundings_grow_until_the_limit_and_go_on_from_the_best() -> None:
         while True:
             found.append(selection)
             within = len(selection.removed) not in (32, 10)
-            selection = proposals.send(Outcome(bias.get(len(selection.removed), 0.2), 0.0, within))
+            selection = proposals.send(Outcome(bias.get(len(selection.removed), 0.2), 0.0 if within else 9.0, within))
     # 16 and 23 lie between 8 and 32; 8 with the least bias is what the further rounds start from.
     assert [len(selection.removed) for selection in found] == [2, 8, 32, 16, 23, 9, 10, 11]
     assert [selection.removed.tolist() for selection in found[5:]] == [list(range(n)) for n in (9, 10, 11)]
     assert scorer.__dict__["damages"] == [5.0, 2.5, 10.0]
     assert found[0].kind == "heads"
     assert found[2].kind == "both"
+
+
+@pytest.mark.parametrize(
+    ("increase", "within", "times"),
+    [
+        (0.02 * 1.7, False, 1.7**2),
+        (0.021, False, 1.5),  # a little over: not by so little that the next round is over, too
+        (0.019, False, 1.5),  # over for its standard error
+        (0.3, False, 4.0),
+        (np.inf, False, 4.0),
+        (np.nan, False, 4.0),
+        (0.018, True, 0.81),
+        (0.004, True, 0.5),
+        (-0.05, True, 0.5),
+    ],
+)
+def test_damage_weighs_more_after_a_round_over_the_limit(increase: float, within: bool, times: float) -> None:
+    fit, scorer = fit_of(), Trained()
+    problem = Problem(fit.model, fit, [fit], lambda name, total: nullcontext(lambda done: None), limit=0.02)
+    proposals = Rounding(start=2, rounds=2).proposals(problem, scorer)
+    with suppress(StopIteration):
+        selection = next(proposals)
+        while True:
+            selection = proposals.send(
+                Outcome(0.1, increase, within) if selection.knobs.get("round") else Outcome(0.1, 0, True)
+            )
+    first, second, *_ = scorer.__dict__["damages"]
+    assert second == pytest.approx(times * first)
 
 
 @pytest.mark.parametrize(("start", "counts"), [(2, [2, 8, 32, 40]), (99, [40])])

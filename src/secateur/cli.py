@@ -396,7 +396,7 @@ def generalise(
         result = secateur.generalise(
             loaded, asked, output=output, overwrite=overwrite, progress=TerminalProgress(console), ray=ray, **told
         )
-    for table in generalise_tables(result):
+    for table in generalise_tables(result, console.width):
         console.print(table)
     for line in generalise_lines(result):
         console.print(escape(line))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 from rich.table import Table
+from rich.text import Text
 
 from secateur.errors import DataError
 from secateur.files import LOCK, STATE, staging_of
@@ -36,6 +37,8 @@ from secateur.studies.verification import told_plan
 from secateur.suites import Suite, fill
 
 HOW_TO_CARRY_ON = "The command that began it, or the call from Python, carries on."
+FITTED_ON = "fitted on"
+TABLE_EDGE = 2  # a blank on either side
 LINE_EVERY = 30.0  # seconds between two lines about a step where the output is no terminal
 Describe = Callable[[str], None]
 
@@ -349,22 +352,49 @@ def compare_lines(result: CompareResult) -> list[str]:
     return [*lines, _cost(result.run)]
 
 
-def generalise_tables(result: GeneraliseResult) -> list[Table]:
-    """A table per method: the change of B by source and target; then what they come to."""
-    return [*(_matrix_table(result, name) for name in result.methods), _summary_table(result)]
+def generalise_tables(result: GeneraliseResult, width: int) -> list[Table]:
+    """For every method the change of B by source and target, in tables as wide as fit, and what it comes to.
+
+    Parameters
+    ----------
+    width: of the terminal, characters.
+    """
+    names = [suite.name for suite in result.suites]
+    shown = [len(Text.from_markup(_cell_text(cell))) for cell in result.cells]
+    column = max(*shown, *(len(word) for name in names for word in name.split("-")))
+    label = max(
+        len(source) for source in [FITTED_ON, *(one for name in result.methods for one in result.sources(name))]
+    )
+    abreast = max(1, (width - label - TABLE_EDGE) // (column + 1))
+    starts = range(0, len(names), abreast)
+    tables = list[Table]()
+    for method in result.methods:
+        tables += [_matrix_table(result, method, names[start : start + abreast], column) for start in starts]
+        tables.append(_summary_table(result, method))
+    return tables
 
 
-def _summary_table(result: GeneraliseResult) -> Table:
-    table = Table(title="Over pairs that differ in one thing (+ in more)", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("method", no_wrap=True)
-    table.add_column("where")
-    for name in ("pairs", "no repair", "with a bias", "proven", "rose", "B before", "change, %", "perplexity, %"):
-        table.add_column(name, justify="right")
+def _summary_table(result: GeneraliseResult, name: str) -> Table:
+    title = f"{name}: over pairs that differ in one thing (+ in more)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("judged")
+    for heading in (
+        "pairs",
+        "no\nrepair",
+        "with\na bias",
+        "proven",
+        "rose",
+        "B\nbefore",
+        "change, %",
+        "perple-\nxity, %",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.summary:
+        if row.method != name:
+            continue
         cost, pooled = row.perplexity_increase, row.pooled
         change = None if pooled is None else pooled.reduction.as_change
         table.add_row(
-            escape(row.method),
             row.place,
             f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
             "" if row.relation == "random" else str(row.without_repair),
@@ -377,12 +407,11 @@ def _summary_table(result: GeneraliseResult) -> Table:
     return table
 
 
-def _matrix_table(result: GeneraliseResult, name: str) -> Table:
+def _matrix_table(result: GeneraliseResult, name: str, targets: Sequence[str], column: int) -> Table:
     table = Table(title=f"{name}: held-out change of B, %, by where it was fitted", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("fitted on", no_wrap=True)
-    targets = [suite.name for suite in result.suites]
+    table.add_column(FITTED_ON, no_wrap=True)
     for target in targets:
-        table.add_column(escape(target.replace("-", "\n")), justify="right")
+        table.add_column(escape(target.replace("-", "\n")), justify="right", min_width=column)
     cells = {(cell.source, cell.target): cell for cell in result.cells if cell.method == name}
     for source in result.sources(name):
         row = [cells.get((source, target)) for target in targets]

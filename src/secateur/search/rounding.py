@@ -12,9 +12,11 @@ from secateur.errors import SettingError
 from secateur.models import LanguageModel
 from secateur.scoring.base import Settings
 from secateur.scoring.gates import Course, GateScores, GateTraining
-from secateur.search.base import Problem, Proposals, Selection
+from secateur.search.base import Outcome, Problem, Proposals, Selection
 
 OPEN = 0.5
+# Factors of damage from one round to the next: where a round keeps to the limit, and where it does not.
+WITHIN, BEYOND = (0.5, 1.0), (1.5, 4.0)
 
 
 class Rounding(Settings):
@@ -26,9 +28,9 @@ class Rounding(Settings):
         where the utility limit is broken, or with all gates that training has lowered.
     bisections: counts that are tried between the largest within the limit and the smallest beyond.
     rounds: of training again after rounding: the gates of a pool, the ``pool`` lowest for every closed one of the
-        best rounding, go on from there, driven to 0 or 1, and are rounded at a half. Where that breaks the
-        utility limit, damage weighs four times as much in the next round, and half as much where it does not. Where no
-        round keeps to the limit, there are up to as many more.
+        best rounding, go on from there, driven to 0 or 1, and are rounded at a half. In the next round damage
+        weighs (cost / limit)^2 times as much, from 0.5 to 1 times where this one keeps to the utility limit, and from
+        1.5 to 4 times where it does not. Where no round keeps to the limit, there are up to as many more.
     steps: of each such training.
     pool: see rounds.
     polarity: how hard gates are driven to 0 or 1 at its end.
@@ -127,4 +129,12 @@ class Rounding(Settings):
                 return
             outcome = yield self._selection(problem, gates, closed_now, {"round": number, "damage": damage})
             kept |= outcome.within_limit
-            damage *= 0.5 if outcome.within_limit else 4.0
+            damage *= _damage_factor(outcome, problem.limit)
+
+
+def _damage_factor(outcome: Outcome, limit: float) -> float:
+    """How many times as much damage should weigh in the round after one with this outcome."""
+    if not np.isfinite(outcome.perplexity_increase):
+        return BEYOND[1]
+    square = (max(outcome.perplexity_increase, 0.0) / limit) ** 2
+    return float(np.clip(square, *(WITHIN if outcome.within_limit else BEYOND)))
