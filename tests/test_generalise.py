@@ -941,6 +941,18 @@ def test_cells_of_spanish_repairs_say_what_text_was_read(tmp_path: Path) -> None
     assert all(said == ("two" in pair) for pair, said in faults.items())
 
 
+RISEN = {"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [({}, "-60*"), ({"p_before": 0.5}, "(-60)"), ({"over_limit": True}, "-60!"), (RISEN, "+60▲"),
+     (RISEN | {"over_limit": True, "p_before": 0.5}, "(+60▲!)"), ({"unusable": "no repair found"}, "none")],
+)  # fmt: skip
+def test_labels_of_cells(changes: dict[str, Any], label: str) -> None:
+    assert cell(**changes).label == label
+
+
 @pytest.mark.parametrize(
     ("changes", "rose"),
     [({}, True), ({"p_before": 0.5}, True), ({"p_holm": 0.06}, False), ({"relation": "random"}, False),

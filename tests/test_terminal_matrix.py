@@ -27,7 +27,7 @@ def figures(tables: list[Table]) -> dict[tuple[str, str, str], int]:
         sources, *targets = table.columns
         for target in targets:
             for source, cell in zip(sources.cells, target.cells, strict=True):
-                value = Text.from_markup(str(cell)).plain.strip("()▲*")
+                value = Text.from_markup(str(cell)).plain.strip("()▲!*")
                 place = (str(table.title).split(":")[0], str(source), str(target.header).replace("\n", "-"))
                 if value:  # one repair for all but a use is judged on that alone
                     found[place] = int(value)

@@ -353,11 +353,10 @@ def matrix_figure(result: GeneraliseResult, name: str) -> go.Figure:
 
 
 def _cell_label(cell: Cell) -> str:
-    """The change in percent; a star where the fall is proven, a triangle where the bias is shown to have risen."""
-    if not cell.repaired:
-        return "none"
-    number = f"{round(cell.change_percent.value):+d}" + ("▲" if cell.rose else "")
-    return f"<b>{number}*</b>" if cell.proven else number if cell.bias_shown else f"<i>({number})</i>"
+    """The label of a cell: bold where it is proven, in italics where no bias was shown before."""
+    if cell.proven:
+        return f"<b>{cell.label}</b>"
+    return cell.label if cell.bias_shown or not cell.repaired else f"<i>{cell.label}</i>"
 
 
 def agreement_figure(result: GeneraliseResult, name: str) -> go.Figure:

@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 from rich.table import Table
-from rich.text import Text
 
 from secateur.errors import DataError
 from secateur.files import LOCK, STATE, staging_of
@@ -360,8 +359,9 @@ def generalise_tables(result: GeneraliseResult, width: int) -> list[Table]:
     width: of the terminal, characters.
     """
     names = [suite.name for suite in result.suites]
-    shown = [len(Text.from_markup(_cell_text(cell))) for cell in result.cells]
-    column = max(*shown, *(len(word) for name in names for word in name.split("-")))
+    column = max(
+        *(len(cell.label) for cell in result.cells), *(len(word) for name in names for word in name.split("-"))
+    )
     label = max(
         len(source) for source in [FITTED_ON, *(one for name in result.methods for one in result.sources(name))]
     )
@@ -420,11 +420,10 @@ def _matrix_table(result: GeneraliseResult, name: str, targets: Sequence[str], c
 
 
 def _cell_text(cell: Cell) -> str:
-    """The change in percent; in bold with a star where it is proven, in brackets where no bias was shown before."""
-    if not cell.repaired:
-        return "[dim]none[/]"
-    text = f"{round(-100 * cell.reduction.value):+d}" + ("▲" if cell.rose else "")
-    return f"[bold]{text}*[/]" if cell.proven else text if cell.bias_shown else f"[dim]({text})[/]"
+    """The label of a cell: bold where it is proven, dim where there is no repair or no bias was shown before."""
+    if cell.proven:
+        return f"[bold]{cell.label}[/]"
+    return cell.label if cell.repaired and cell.bias_shown else f"[dim]{cell.label}[/]"
 
 
 def generalise_lines(result: GeneraliseResult) -> list[str]:
@@ -432,8 +431,8 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
     lines = [
         result.verdict,
         "* proven after Holm's correction, by more than under random masks, within the utility limit; ▲ shown to have "
-        "risen; none: no repair found; in brackets: no bias could be told from chance before. Intervals and reasons "
-        "are in the report.",
+        "risen; ! perplexity over the limit; none: no repair found; in brackets: no bias could be told from chance "
+        "before. Intervals and reasons are in the report.",
     ]
     for fit in result.fits:
         if fit.status != "chosen":

@@ -176,6 +176,16 @@ class Cell:
         """Whether the bias can be told from chance to have risen, all cells taken into account."""
         return self.relation != "random" and self.change.low > 0 and self.p_holm < SIGNIFICANT
 
+    @property
+    def label(self) -> str:
+        """The change in percent. A star: proven; a triangle: the bias is shown to have risen; an exclamation mark:
+        perplexity is over the limit; brackets: no bias could be told from chance before."""
+        if not self.repaired:
+            return "none"
+        signs = ("▲" if self.rose else "") + ("!" if self.over_limit else "")
+        text = f"{round(self.change_percent.value):+d}{signs}"
+        return f"{text}*" if self.proven else text if self.bias_shown else f"({text})"
+
     def as_dict(self) -> dict[str, Any]:
         """One entry of ``cells`` in ``generalise.json``."""
         faults = [] if self.relation == "random" else self.faults
