@@ -1,4 +1,4 @@
-"""What a study of reach prints: every figure is there in full on a terminal of 80 columns, or fewer."""
+"""What a study of reach prints: all of it in full from 80 columns, the matrix from 40."""
 
 from io import StringIO
 
