@@ -209,6 +209,7 @@ class Trained(GateTraining):
     def train(self, course: object, start: np.ndarray, steps: int, **options: object) -> np.ndarray:  # type: ignore[override]
         free, gates = options["free"], start.copy()
         assert isinstance(free, np.ndarray)
+        assert options["own_spread"] is True
         gates[np.flatnonzero(free & (gates > 0))[:1]] = 0
         self.__dict__.setdefault("damages", []).append(options["damage"])
         return gates

@@ -48,6 +48,8 @@ def test_every_pair_stands_in_its_place(width: int) -> None:
     }
     assert figures(matrices(result, width)) == expected
     assert "…" not in printed(matrices(result, width), width)
+    console = Console(width=width)
+    assert all(console.measure(table).minimum <= width for table in matrices(result, width)), "cropped at the edge"
 
 
 @pytest.mark.parametrize("width", [80, 120])
