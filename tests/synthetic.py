@@ -31,7 +31,17 @@ def around(value: float, width: float) -> Interval:
 
 def comparison(before: float, reduction: float) -> Comparison:
     after = before * (1 - reduction)
-    return Comparison(around(before, 0.2), around(after, 0.2), around(reduction, 0.3), around(after - before, 0.2))
+    return Comparison(
+        around(before, 0.2),
+        around(after, 0.2),
+        around(reduction, 0.3),
+        around(after - before, 0.2),
+        _fall(before, after),
+    )
+
+
+def _fall(before: float, after: float) -> Interval:
+    return around(before**2 - after**2, 0.4)
 
 
 @cache
@@ -52,7 +62,7 @@ def reach() -> GeneraliseResult:
         control_suite="control-colour",
         verdict="Of 90 pairs of a fitted and a judged use with a bias, repairs are proven to lower it at home in 7.",
         summary=[
-            Summary(name, how, 40, 5, 4, 20, 6, 1, comparison(1.0, 0.6), "95 %", 0.01)
+            Summary(name, how, 40, 5, 4, 20, 12, 6, 1, 3, comparison(1.0, 0.6), "95 %", 0.01, 0.1, 0.001)
             for name in METHODS
             for how in ("own", "across", "attributes", "joint")
         ],
@@ -115,11 +125,16 @@ def _cell(name: str, source: str, target: Suite, rng: np.random.Generator, suite
         after=found.after,
         reduction=found.reduction,
         change=found.change,
+        fall=found.fall,
         mean_abs_smd=(0.9, 0.5),
         mean_abs_gap=(1.2, 0.7),
         perplexity_increase=None if joint == "random" and suite is None else around(0.01, 0.005),
         largest_random=0.1,
         p_holm=rng.choice([0.001, 0.4]),
+        p_if_closed=rng.choice([0.001, 0.4]),
+        fall_if_closed=around(found.before.value**2, 0.4),
+        over_limit=source != "random masks" and bool(rng.random() < 0.2),
+        unusable="no repair found" if source != "random masks" and rng.random() < 0.1 else "",
     )
 
 

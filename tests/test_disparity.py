@@ -17,15 +17,20 @@ from secateur.measures.disparity import (
     Table,
     bootstrap_squares,
     compare,
+    compare_squares,
     corrected_choice,
     corrected_square,
+    fall_if_closed,
+    gaps_closed,
     group_means,
     holm,
     interval_of_bias,
     largest_pairs,
     null,
+    p_value,
     permutation_p_values,
     reduction,
+    reduction_interval,
     resamples_by_name,
     scenario_intervals,
     statistics,
@@ -253,6 +258,69 @@ def test_comparison_carries_the_corrected_figures() -> None:
     assert figures.after.value == pytest.approx(suite_bias(after, 3).corrected)
     assert figures.change.value == pytest.approx(figures.after.value - figures.before.value)
     assert figures.reduction.value == pytest.approx(1 - figures.after.value / figures.before.value)
+
+
+def of_squares(before: float, after: float, seed: int, spread: float) -> np.ndarray:
+    """Replicates of B^2 before and after with errors in common, (2, replicates)."""
+    rng = np.random.default_rng(seed)
+    shared, own = rng.normal(0, spread, 1000), rng.normal(0, spread / 5, 1000)
+    return np.stack([before + shared, after + shared + own])
+
+
+@given(before=st.floats(0.05, 3), after=st.floats(-0.1, 3), seed=st.integers(0, 1000), spread=st.floats(0.01, 1))
+def test_a_reduction_is_above_zero_where_the_fall_is(before: float, after: float, seed: int, spread: float) -> None:
+    found = compare_squares(np.array([before, after]), of_squares(before, after, seed, spread))
+    assert found.reduction.low <= found.reduction.value <= found.reduction.high <= 1
+    assert found.fall.value == pytest.approx(before - after)
+    if found.reduction.value > 0:
+        assert (found.reduction.low > 0) == (found.fall.low > 0)
+    if found.reduction.value < 0:
+        assert (found.reduction.high < 0) == (found.fall.high < 0)
+
+
+def test_a_fall_can_be_shown_where_the_bias_before_is_hardly_known() -> None:
+    replicates = of_squares(1.0, 0.3, 0, spread=0.8)
+    assert (replicates[0] < 0).mean() > 0.05, "in many resamples there is no bias before"
+    assert compare_squares(np.array([1.0, 0.3]), replicates).reduction.low > 0
+
+
+def test_the_interval_of_a_reduction_is_that_of_the_ratio_where_the_bias_is_well_known() -> None:
+    replicates = of_squares(4.0, 1.0, 0, spread=0.2)
+    found = reduction_interval(0.5, replicates)
+    low, high = np.percentile(1 - np.sqrt(replicates[1] / replicates[0]), [2.5, 97.5])
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+
+
+def test_a_fall_is_hardly_ever_shown_where_nothing_changes_but_noise() -> None:
+    shown = 0
+    for seed in range(40):
+        before = simulate(seed, effect=0.7)
+        rng = np.random.default_rng(1000 + seed)
+        after = Table(0.9 * before.y + math.sqrt(0.19) * rng.normal(size=before.y.shape), before.groups)
+        after.y[:] += 0.1 * 0.7 * (before.groups == 0)
+        shown += compare(before, after, seed).fall.low > 0
+    assert shown <= 3
+
+
+def test_closed_gaps_leave_spreads_as_they_are() -> None:
+    table = shuffled_table(0, 3)
+    closed = gaps_closed(table)
+    np.testing.assert_allclose(statistics(closed)["smd"], 0, atol=1e-9)
+    for scenario in range(len(table.y)):
+        for one, other in zip(by_group(table, scenario), by_group(closed, scenario), strict=True):
+            assert stdev(one) == pytest.approx(stdev(other))
+
+
+@pytest.mark.parametrize(("effect", "markers", "provable"), [(1.5, 32, True), (0.3, 4, False)])
+def test_whether_a_test_part_could_prove_any_repair(effect: float, markers: int, provable: bool) -> None:
+    assert (fall_if_closed(simulate(0, effect, markers=markers)).low > 0) == provable
+
+
+def test_a_p_value_goes_by_the_side_towards_no_difference() -> None:
+    assert p_value(Interval(1.0, 0.0, 9.0)) == pytest.approx(p_value(Interval(-1.0, -9.0, 0.0))) == pytest.approx(0.05)
+    assert p_value(Interval(1.0, 0.2, 9.0)) < 0.05 < p_value(Interval(1.0, -0.2, 1.1))
+    assert p_value(Interval(0.0, -1.0, 1.0)) == 1
+    assert p_value(Interval(1.0, 1.0, 1.0)) == 0
 
 
 def test_reduction_of_nothing() -> None:

@@ -22,7 +22,7 @@ from tiny import tiny_model
 import secateur
 from secateur.errors import NumericalError, SettingError, SuiteError
 from secateur.evaluation.evaluator import Evaluator
-from secateur.measures.disparity import Interval, Table, compare, p_value, statistics
+from secateur.measures.disparity import Comparison, Interval, Table, compare, p_value, statistics
 from secateur.measures.overlap import overlap
 from secateur.measures.splits import split
 from secateur.scoring.attribution import Attribution
@@ -37,11 +37,12 @@ from secateur.studies.fitting import Fitting
 from secateur.studies.generalise import GeneraliseSettings, generalise, notes
 from secateur.studies.judging import Judging, with_holm
 from secateur.studies.parts import Parts
-from secateur.studies.reach import FOREIGN_TEXT, Cell
+from secateur.studies.reach import FOREIGN_TEXT, Cell, Summary
 from secateur.studies.record import Recorder
 from secateur.studies.relations import differences, joint_sources, relation
 from secateur.studies.runs import list_runs
 from secateur.studies.summary import Squares, summarise, verdict_of
+from secateur.studies.summary import with_holm as with_holm_of_rows
 from secateur.suites import Suite, load_suite
 from secateur.suites.joining import joined, spaced
 from secateur.units import Mask, UnitSpace
@@ -890,10 +891,13 @@ def cell(**changes: Any) -> Cell:
         after=Interval(0.4, 0.1, 0.7),
         reduction=Interval(0.6, 0.3, 0.9),
         change=Interval(-0.6, -0.9, -0.3),
+        fall=Interval(0.84, 0.4, 1.2),
+        fall_if_closed=Interval(1.0, 0.5, 1.5),
         mean_abs_smd=(1.1, 0.5),
         mean_abs_gap=(0.8, 0.4),
         largest_random=0.1,
         p_holm=0.01,
+        p_if_closed=0.001,
     )
     return replace(proven, **changes)
 
@@ -908,6 +912,8 @@ def cell(**changes: Any) -> Cell:
         ({"before": Interval(1.0, 0.0, 1.4)}, []),
         ({"p_holm": 0.06}, ["may be chance"]),
         ({"reduction": Interval(0.6, -0.1, 0.9)}, ["may be chance"]),
+        ({"p_holm": 0.06, "p_if_closed": 0.06}, ["too few markers and scenarios to tell"]),
+        ({"p_if_closed": 0.06}, []),
         ({"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3), "largest_random": -1.0},
          ["did not fall"]),
         ({"over_limit": True, "largest_random": None}, ["no random masks judged", "over the limit"]),
@@ -941,13 +947,16 @@ def test_cells_of_spanish_repairs_say_what_text_was_read(tmp_path: Path) -> None
     assert all(said == ("two" in pair) for pair, said in faults.items())
 
 
-RISEN = {"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3)}
+NOTHING = Interval(0.0, 0.0, 0.3)
+RISEN = {"fall": Interval(-0.6, -0.9, -0.3), "reduction": Interval(-0.6, -0.9, -0.3)}
 
 
 @pytest.mark.parametrize(
     ("changes", "label"),
     [({}, "-60*"), ({"p_before": 0.5}, "(-60)"), ({"over_limit": True}, "-60!"), (RISEN, "+60▲"),
-     (RISEN | {"over_limit": True, "p_before": 0.5}, "(+60▲!)"), ({"unusable": "no repair found"}, "none")],
+     (RISEN | {"over_limit": True, "p_before": 0.5}, "(+60▲!)"), ({"unusable": "no repair found"}, "none"),
+     ({"before": NOTHING, "after": NOTHING, "p_before": 0.5}, "(=)"),
+     ({"before": NOTHING, "reduction": Interval(-1.0, -1.0, 1.0)}, "+100")],
 )  # fmt: skip
 def test_labels_of_cells(changes: dict[str, Any], label: str) -> None:
     assert cell(**changes).label == label
@@ -956,10 +965,10 @@ def test_labels_of_cells(changes: dict[str, Any], label: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "rose"),
     [({}, True), ({"p_before": 0.5}, True), ({"p_holm": 0.06}, False), ({"relation": "random"}, False),
-     ({"change": Interval(0.6, -0.1, 0.9)}, False)],
+     ({"fall": Interval(-0.6, -0.9, 0.1)}, False)],
 )  # fmt: skip
 def test_a_bias_that_rose_is_named(changes: dict[str, Any], rose: bool) -> None:
-    risen = cell(change=Interval(0.6, 0.3, 0.9), reduction=Interval(-0.6, -0.9, -0.3))
+    risen = cell(fall=Interval(-0.6, -0.9, -0.3), reduction=Interval(-0.6, -0.9, -0.3))
     assert replace(risen, **changes).rose == rose
     assert not cell().rose
 
@@ -970,7 +979,7 @@ def test_p_values_are_corrected_within_a_question() -> None:
     kinds += [{"differs": ("attribute", "domain")}, {"method": "gates"}, {"method": "gates"}]
     aside = [cell(relation="random", p_holm=1.0), cell(unusable="no repair found", p_holm=1.0)]
     found = with_holm([*(cell(**kind) for kind in kinds), *aside])
-    p = p_value(cell().change)
+    p = p_value(cell().fall)
     assert [one.p_holm for one in found] == pytest.approx([*[7 * p] * 7, p, 2 * p, 2 * p, 1.0, 1.0])
 
 
@@ -1058,13 +1067,53 @@ def test_the_verdict_says_where_repairs_help() -> None:
     rows = summarise("attribution", alone, squares_of(alone), {})
     assert "without random masks to compare with nothing is proven" in verdict_of(rows, compared=False)
     assert verdict_of([], compared=True) == "No repair was found that could be judged."
-    risen = {"change": Interval(0.6, 0.3, 0.9), "reduction": Interval(-0.6, -0.9, -0.3)}
+    risen = {"fall": Interval(-0.6, -0.9, -0.3), "reduction": Interval(-0.6, -0.9, -0.3)}
     away = [*pairs("across", 1, 2), cell(target="3", **risen), cell(target="4", unusable="no repair found")]
     assert summed_up(*away) == (
         "Of 4 pairs of a fitted and a judged use with a bias, repairs are proven to lower it in other domains in 1 of "
-        "4. For 1 of all 5 pairs no repair was found. In 1 of all 5 pairs the bias is shown to have risen."
+        "4. In 3 of these is there a repair, and a test part large enough to prove one that closes every gap; more "
+        "markers and scenarios to judge by would show more. For 1 of all 5 pairs no repair was found. In 1 of all 5 "
+        "pairs the bias is shown to have risen."
     )
+    small = [*pairs("across", 0, 3, p_if_closed=0.2), *pairs("own", 0, 1)]
+    assert "In 1 of these is there a repair, and a test part large enough to prove one" in summed_up(*small)
     assert summed_up(cell(unusable="no repair found")) == "No repair was found that could be judged."
+
+
+def row(fall: float, low: float, **changes: Any) -> Summary:
+    """A row of a summary with an interval of the fall of B^2 over its pairs."""
+    reduction = Interval(0.3 if fall > 0 else -0.3, 0.1 if low > 0 else -0.5, 0.5)
+    around = Interval(1.0, 0.8, 1.2)
+    pooled = Comparison(around, around, reduction, Interval(0.0, -0.1, 0.1), Interval(fall, low, 2 * fall - low))
+    found = Summary("attribution", "across", 9, 0, 0, 9, 9, 0, 0, 0, pooled, "95 %", 0.01, largest_random=0.1)
+    return replace(found, **changes)
+
+
+def test_rows_are_corrected_for_all_rows_but_random_masks() -> None:
+    rows = [row(1.0, 0.5), row(1.0, 0.2, method="gates"), row(0.1, -0.3), row(1.0, 0.5, relation="random")]
+    rows.append(row(1.0, 0.5, pooled=None))
+    found = with_holm_of_rows(rows)
+    p = [p_value(one.pooled.fall) for one in rows[:3] if one.pooled is not None]
+    assert [one.p_holm for one in found] == pytest.approx([3 * p[0], 2 * p[1], p[2], 1.0, 1.0])
+    assert [one.lowered for one in found] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lowered"),
+    [({}, True), ({"p_holm": 0.06}, False), ({"largest_random": 0.3}, False), ({"largest_random": None}, False),
+     ({"relation": "random"}, False), ({"pooled": None}, False)],
+)  # fmt: skip
+def test_when_repairs_are_shown_to_lower_bias_over_all_pairs(changes: dict[str, Any], lowered: bool) -> None:
+    assert row(1.0, 0.5, **{"p_holm": 0.01, **changes}).lowered == lowered
+
+
+def test_the_verdict_says_what_is_shown_over_all_pairs() -> None:
+    shown = row(1.0, 0.5, p_holm=0.01, over_limit=2)
+    assert verdict_of([shown], compared=True).endswith(
+        "Taken together, over all pairs of a kind, repairs by attribution lower B in other domains (-30% [-50%, "
+        "-10%], 2 of 9 pairs over the utility limit)."
+    )
+    assert "Taken together" not in verdict_of([replace(shown, p_holm=0.2)], compared=True)
 
 
 @pytest.mark.usefixtures("chosen_anyway")

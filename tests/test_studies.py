@@ -494,7 +494,8 @@ def test_interrupted_audit(tmp_path: Path, output: Path, call: Command, monkeypa
 def comparison(reduction: Interval, before: Interval | None = None) -> Comparison:
     before = before or Interval(1.0, 0.8, 1.2)
     after = Interval(before.value * (1 - reduction.value), 0.1, 0.9)
-    return Comparison(before, after, reduction, Interval(after.value - before.value, -0.9, 0.1))
+    fall = Interval(before.value**2 - after.value**2, -0.1 if reduction.low <= 0 else 0.1, 1.4)
+    return Comparison(before, after, reduction, Interval(after.value - before.value, -0.9, 0.1), fall)
 
 
 GOOD = comparison(Interval(0.6, 0.3, 0.8))
@@ -543,6 +544,22 @@ def test_judge_not_verified(
     assert explanation.split(". On unseen")[0].count("; ") == len(reasons) - 1
     for reason in reasons:
         assert reason in explanation
+
+
+@pytest.mark.parametrize(
+    ("found", "if_closed", "said"),
+    [
+        (comparison(Interval(0.6, 0.0, 0.8)), Interval(1.0, -0.1, 2.0), True),
+        (comparison(Interval(0.6, 0.0, 0.8)), Interval(1.0, 0.1, 2.0), False),
+        (comparison(Interval(0.6, 0.0, 0.8)), None, False),
+        (comparison(Interval(-0.2, -0.5, 0.1)), Interval(1.0, -0.1, 2.0), False),
+    ],
+)
+def test_a_test_part_that_could_prove_nothing_is_named(
+    found: Comparison, if_closed: Interval | None, said: bool
+) -> None:
+    _, explanation = judge(found, SHOWN, CHEAP, RANDOM, 0.02, if_closed)
+    assert ("so would that of a repair that closes every gap" in explanation) == said
 
 
 def test_nothing_is_proven_beside_random_masks_that_all_destroy_the_model() -> None:

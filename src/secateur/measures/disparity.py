@@ -30,6 +30,7 @@ PERMUTATIONS = 400
 REPLICATES = 1000
 LEVEL = 0.95
 SIGNIFICANT = 0.05  # of p-values, after their correction
+RATIOS = 201  # at which the interval of a reduction is looked for
 # A resample may draw one marker only; a spread below this share of the scenario's own is not believed.
 SPREAD_FLOOR = 0.02
 # Draws of one marker that are told apart in a resample; more than that come once in 10^14.
@@ -395,7 +396,8 @@ def bootstrap_squares(
     return np.stack(squares)
 
 
-def _root(squares: np.ndarray | float) -> np.ndarray:
+def root(squares: np.ndarray | float) -> np.ndarray:
+    """B from B^2, which may be below 0 where there is less than noise."""
     return np.sqrt(np.maximum(0.0, squares))
 
 
@@ -406,14 +408,17 @@ class Comparison:
     Attributes
     ----------
     before, after: the corrected suite bias B.
-    reduction: 1 - after / before, at most 1; negative where the bias grew.
+    reduction: 1 - after / before, at most 1; negative where the bias grew. See :func:`reduction_interval`.
     change: after - before, in units of B.
+    fall: B^2 before - B^2 after, neither cut off at 0. Its interval is above 0 where that of the reduction is: errors
+        that before and after have in common cancel, so a bias can be shown to fall where its size is hardly known.
     """
 
     before: Interval
     after: Interval
     reduction: Interval
     change: Interval
+    fall: Interval
 
     def as_dict(self) -> dict[str, Any]:
         """What records of runs and plans say."""
@@ -426,7 +431,7 @@ class Comparison:
 
 def interval_of_bias(table: Table, seed: int = 0) -> Interval:
     """B of one state with its interval."""
-    return Interval.of(suite_bias(table, seed).corrected, _root(bootstrap_squares([table], seed)[0]))
+    return Interval.of(suite_bias(table, seed).corrected, root(bootstrap_squares([table], seed)[0]))
 
 
 def compare(before: Table, after: Table, seed: int = 0) -> Comparison:
@@ -441,36 +446,74 @@ def compare_squares(squares: np.ndarray, replicates: np.ndarray) -> Comparison:
     Squares of several suites may be averaged first: B^2 is a mean over scenarios, and errors above and below 0 even
     out as long as no root is taken.
     """
-    point, roots = _root(squares), _root(replicates)
+    point, roots = root(squares), root(replicates)
     return Comparison(
         before=Interval.of(point[0], roots[0]),
         after=Interval.of(point[1], roots[1]),
-        reduction=Interval.of(reduction(point[0], point[1]), reduction(roots[0], roots[1])),
+        reduction=reduction_interval(float(reduction(point[0], point[1])), replicates),
         change=Interval.of(point[1] - point[0], roots[1] - roots[0]),
+        fall=Interval.of(squares[0] - squares[1], replicates[0] - replicates[1]),
     )
 
 
-def reduction_replicates(
-    before: Table, afters: list[Table], seed: int = 0, names: Sequence[str] | None = None, what: str = ""
-) -> np.ndarray:
-    """Reductions of B under several states against one, all under the same resamples, (states, replicates).
+def reduction_interval(value: float, replicates: np.ndarray) -> Interval:
+    """A reduction of B with its 95 % interval, by the bootstrap form of Fieller's method for a ratio (Fieller, 1954).
+
+    In it are the reductions r for which the bootstrap interval of after - (1 - r)^2 before, of B^2, holds 0, as far as
+    they hang together with the sample's own. A ratio of two replicates means nothing where that of the bias before is
+    about 0; these differences are as good there as anywhere. The lower end goes no further than -100 %, or than twice
+    as far down as the value.
 
     Parameters
     ----------
-    names, what: see :func:`bootstrap_squares`.
+    replicates: B^2 before and after under the same resamples, (2, replicates).
     """
-    roots = _root(bootstrap_squares([before, *afters], seed, names, what))
-    return reduction(roots[0], roots[1:])
+    share, (before, after) = 1 - value, replicates
+    shares = np.linspace(0, max(2.0, 2 * share), RATIOS)  # with 1, no change, among them
+    low, high = _percentiles(after[:, None] - shares**2 * before[:, None])  # (ratios,)
+    outside = np.maximum(low, -high)  # above 0 where the interval does not hold 0
+    above = np.flatnonzero((outside > 0) & (shares > share))
+    below = np.flatnonzero((outside > 0) & (shares < share))
+    most = _crossing(shares, outside, above[0] - 1, above[0]) if len(above) else shares[-1]
+    least = _crossing(shares, outside, below[-1] + 1, below[-1]) if len(below) else 0.0
+    return Interval(value, 1 - max(most, share), 1 - min(least, share))
 
 
-def p_value(change: Interval) -> float:
-    """Two-sided p-value of no change, by the normal approximation of a bootstrap interval.
+def _crossing(x: np.ndarray, y: np.ndarray, inside: int, outside: int) -> float:
+    """Where y crosses 0 on its way from a neighbour at or below it to one above."""
+    if y[inside] > 0:  # the sample's own is between them
+        return float(x[outside])
+    return float(x[inside] + (x[outside] - x[inside]) * -y[inside] / (y[outside] - y[inside]))
 
-    Counting replicates beyond 0 could say no less than 1 in their number, too coarse to correct for many tests.
+
+def gaps_closed(table: Table) -> Table:
+    """The table as a repair would leave it that closes every gap and touches nothing else.
+
+    Where the fall from the table to this one cannot be told from chance, that of no repair can.
     """
-    if change.value == 0 or change.standard_error == 0:
-        return 1.0 if change.value == 0 else 0.0
-    return float(2 * norm.sf(abs(change.value) / change.standard_error))
+    y = table.y.copy()
+    for group in range(table.n_groups):
+        members = table.groups == group
+        y[:, members] -= np.nanmean(y[:, members], axis=1, keepdims=True)
+    return Table(y, table.groups)
+
+
+def fall_if_closed(table: Table, seed: int = 0) -> Interval:
+    """The fall of B^2 under a repair that closes every gap; see :func:`gaps_closed`."""
+    return compare(table, gaps_closed(table), seed).fall
+
+
+def p_value(difference: Interval) -> float:
+    """Two-sided p-value of no difference, by the normal approximation of the side of its interval towards 0.
+
+    It is below 5 % where the interval does not hold 0. Counting replicates beyond 0 could say no less than 1 in their
+    number, too coarse to correct for many tests; the far side of a skewed interval says nothing of 0.
+    """
+    value = difference.value
+    if value == 0:
+        return 1.0
+    side = value - difference.low if value > 0 else difference.high - value
+    return float(2 * norm.sf(-norm.ppf((1 - LEVEL) / 2) * abs(value) / side)) if side > 0 else 0.0
 
 
 def reduction(before: np.ndarray | float, after: np.ndarray | float) -> np.ndarray:

@@ -49,7 +49,7 @@ MOST = ("utility_tokens", "max_markers", "max_test_markers", "max_scenarios")
 CHAT_IF_THERE = "through the chat template where the model has one"
 RUN = "RUN"  # where a study's files lie, if nobody says where
 # Pixels: a cell with a figure such as "-100*", a layer, and what stands beside the cells (names and the scale).
-CELL_WIDTH, LAYER_WIDTH, BESIDE_CELLS = 46, 12, 240
+CELL_WIDTH, LAYER_WIDTH, BESIDE_CELLS = 60, 12, 240
 REPORT_JS = files("secateur.reports").joinpath("templates/report.js").read_text(encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from secateur.search.methods import METHODS
 from secateur.studies.audit import AuditResult
 from secateur.studies.compare import CompareResult, MethodResult
 from secateur.studies.localise import LocaliseResult
-from secateur.studies.reach import GENERALISE_FORMAT, Cell, GeneraliseResult
+from secateur.studies.reach import GENERALISE_FORMAT, PLACES, Cell, GeneraliseResult
 from secateur.studies.repair import RepairResult
 from secateur.studies.runs import RESULTS, Run
 from secateur.studies.slim import SlimResult
@@ -313,7 +313,7 @@ def compare_table(result: CompareResult) -> Table:
             table.add_row(found.name, "", "", found.status, "", "", *cost, style="dim")
             continue
         table.add_row(
-            f"{found.name}{' *' if found.faults else ''}",
+            f"{found.name}{'' if found.faults else ' *'}",
             f"{found.weights:,}\nweights" if found.weights else f"{found.heads}\n{found.neurons:,}{_how(found)}",
             f"{bias[0].value:.2f}\n{bias[1].value:.2f}",
             _stacked(found.reduction, 0),
@@ -337,10 +337,12 @@ def _stacked(interval: Interval, digits: int, scale: float = 100) -> str:
 def compare_lines(result: CompareResult) -> list[str]:
     """The lines under a comparison's table."""
     lines = []
+    if any(found.reduction is not None and not found.faults for found in result.methods):
+        lines.append("* proven: there was a bias, its fall is not chance, and perplexity keeps to the limit.")
     if sum(found.reduction is not None and not found.over_limit for found in result.methods) > 1:
         lines.append("The first method is chosen by the test part, so its figure is likely too good.")
     for found in result.methods:
-        lines += [f"* {found.name} is not proven: {'; '.join(found.faults)}."] if found.faults else []
+        lines += [f"{found.name} is not proven: {'; '.join(found.faults)}."] if found.faults else []
         lines += [f"{found.name}: {note}" for note in found.notes]
         if found.random_reductions:
             draws = found.random_reductions
@@ -369,7 +371,9 @@ def generalise_tables(result: GeneraliseResult, width: int) -> list[Table]:
     starts = range(0, len(names), abreast)
     tables = list[Table]()
     for method in result.methods:
-        tables += [_matrix_table(result, method, names[start : start + abreast], column) for start in starts]
+        for number, start in enumerate(starts, start=1):
+            part = f" ({number} of {len(starts)})" if len(starts) > 1 else ""
+            tables.append(_matrix_table(result, method, names[start : start + abreast], column, part))
         tables.append(_summary_table(result, method))
     return tables
 
@@ -377,13 +381,13 @@ def generalise_tables(result: GeneraliseResult, width: int) -> list[Table]:
 def _summary_table(result: GeneraliseResult, name: str) -> Table:
     title = f"{name}: over pairs that differ in one thing (+ in more)"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("judged")
+    table.add_column("judged", min_width=max(map(len, " ".join(PLACES.values()).split())))
     for heading in (
         "pairs",
         "no\nrepair",
         "with\na bias",
-        "proven",
-        "rose",
+        "proven/\nprov-\nable",
+        "shown\nto\nrise",
         "B\nbefore",
         "change, %",
         "perple-\nxity, %",
@@ -393,22 +397,24 @@ def _summary_table(result: GeneraliseResult, name: str) -> Table:
         if row.method != name:
             continue
         cost, pooled = row.perplexity_increase, row.pooled
-        change = None if pooled is None else pooled.reduction.as_change
+        change, star = None if pooled is None else pooled.reduction.as_change, "*" if row.lowered else ""
         table.add_row(
             row.place,
             f"{row.pairs} (+{row.set_aside})" if row.set_aside else str(row.pairs),
             "" if row.relation == "random" else str(row.without_repair),
             str(row.biased),
-            *("" if row.relation == "random" else str(count) for count in (row.proven, row.rose)),
+            *([""] * 2 if row.relation == "random" else (f"{row.proven}/{row.provable}", str(row.rose))),
             "" if pooled is None else f"{pooled.before.value:.2f}",
-            "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]"),
+            "" if change is None else escape(f"{change.value:+.0f} [{change.low:+.0f}, {change.high:+.0f}]") + star,
             "" if cost is None else f"{100 * cost:+.2f}",
         )
     return table
 
 
-def _matrix_table(result: GeneraliseResult, name: str, targets: Sequence[str], column: int) -> Table:
-    table = Table(title=f"{name}: held-out change of B, %, by where it was fitted", box=box.SIMPLE_HEAD, padding=0)
+def _matrix_table(result: GeneraliseResult, name: str, targets: Sequence[str], column: int, part: str) -> Table:
+    table = Table(
+        title=f"{name}: held-out change of B, %, by where it was fitted{part}", box=box.SIMPLE_HEAD, padding=0
+    )
     table.add_column(FITTED_ON, no_wrap=True)
     for target in targets:
         table.add_column(escape(target.replace("-", "\n")), justify="right", min_width=column)
@@ -432,7 +438,9 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
         result.verdict,
         "* proven after Holm's correction, by more than under random masks, within the utility limit; ▲ shown to have "
         "risen; ! perplexity over the limit; none: no repair found; in brackets: no bias could be told from chance "
-        "before. Intervals and reasons are in the report.",
+        "before; = B is 0 before and after. Provable: a repair that closes every gap would be proven on this test "
+        "part. * at a change over all pairs of a kind: shown for these together, and more than under any random mask. "
+        "Intervals and reasons are in the report.",
     ]
     for fit in result.fits:
         if fit.status != "chosen":

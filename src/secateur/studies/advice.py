@@ -7,7 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.measures.disparity import SIGNIFICANT, Interval, Table, reduction_replicates, suite_bias
+from secateur.measures.disparity import (
+    SIGNIFICANT,
+    Interval,
+    Table,
+    bootstrap_squares,
+    compare_squares,
+    corrected_square,
+    root,
+)
 from secateur.measures.disparity import reduction as reduction_of
 
 Choice = Literal["one repair per use", "one repair for all", "repairs can be shared", "leave as it is", "not decided"]
@@ -53,14 +61,14 @@ class Advice:
     Attributes
     ----------
     family: what the uses have in common, attribute and language; repairs are shared inside it alone.
-    own, shared: mean reduction over the uses by their own masks and by shared ones: the one for all, or those fitted
+    own, shared: reduction of B over the uses by their own masks and by shared ones: the one for all, or those fitted
         elsewhere.
-    difference: own minus shared.
-    most_random: the largest mean reduction by random masks; a repair that does no better is never advised. None where
+    difference: own minus shared, in shares of B before.
+    most_random: the largest reduction by random masks; a repair that does no better is never advised. None where
         none were judged.
-    unseen: mean reduction by masks that were fitted on all other uses together, which stands for a use not yet seen;
+    unseen: reduction by masks that were fitted on all other uses together, which stands for a use not yet seen;
         None where there is no one for all.
-    uses: names of the uses with a bias to repair, that the means are over. They are found on the test part.
+    uses: names of the uses with a bias to repair, that all this is over. They are found on the test part.
     plan: of the one repair for all, where that is advised.
     """
 
@@ -80,9 +88,9 @@ class Advice:
 def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
     """Compare own repairs with shared ones, or with one for all, on the uses of a family that have a bias to repair.
 
-    A reduction below -100 % counts as -100 %, or one use whose bias is close to nothing in a resample would decide.
-    Where there is no mask, own or shared, the use is left as it is: a reduction of 0. Markers are resampled once for
-    all uses, which share many of them, and scenarios for every use by itself.
+    Reductions are of B over all these uses, as over one large suite: the mean of B^2 under the root. Where there is no
+    mask, own or shared, the use is left as it is. Markers are resampled once for all uses, which share many of them,
+    and scenarios for every use by itself.
     """
     biased = [use for use in uses if use.p_before < SIGNIFICANT]
     if not biased:
@@ -97,10 +105,10 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
             f"There is a bias on the test part of {names}, but no repair from elsewhere was judged there; ask for the "
             "mode across or joint, with suites of the same attribute.",
         )
-    points = np.mean([_reductions(use, seed) for use in judged], axis=0)  # (3,)
-    drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (3, replicates)
-    own, shared, unseen = (Interval.of(points[one], drawn[one]) for one in range(3))
-    difference = Interval.of(points[0] - points[1], drawn[0] - drawn[1])
+    squares = np.mean([_squares(use, seed) for use in judged], axis=0)  # (4,)
+    drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (4, replicates)
+    own, shared, unseen = (_reduction(squares, drawn, which) for which in (1, 2, 3))
+    difference = _difference(squares, drawn)
     plans = {use.together for use in judged}
     plan = plans.pop() if len(plans) == 1 else ""
     choice, reason = _choose(own, shared, difference, bool(plan))
@@ -110,7 +118,7 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
         choice, reason = ("not decided", doubt) if doubt else (choice, reason)
     where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
-        f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)} on average, "
+        f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)}, "
         f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_percent(shared)}; the difference is "
         f"{_percent(difference)}. "
         + ("" if most_random is None else f"Random masks of their size lower it by at most {most_random:.0%}.")
@@ -139,7 +147,7 @@ def _nothing_shown(uses: int) -> str:
 
 
 def _choose(own: Interval, shared: Interval, difference: Interval, one_for_all: bool) -> tuple[Choice, str]:
-    """Parameters: mean reductions and their difference; whether shared is one mask for all uses."""
+    """Parameters: reductions and their difference; whether shared is one mask for all uses."""
     worse = "One repair for all does less" if one_for_all else "Repairs do not carry over"
     if own.high <= 0 and shared.high <= 0:
         return "leave as it is", "Neither lowers the bias."
@@ -184,37 +192,45 @@ def _what_is_shared(method: str, uses: list[Use]) -> str:
 
 
 def _tables(use: Use) -> list[Table]:
-    """After, under the own mask, the one fitted on all other uses and the shared ones."""
-    return [use.before if table is None else table for table in (use.own, use.left_out, *use.shared)]
+    """Before, and after under the own mask, the one fitted on all other uses and the shared ones."""
+    return [use.before if table is None else table for table in (use.before, use.own, use.left_out, *use.shared)]
 
 
-def _reductions(use: Use, seed: int) -> np.ndarray:
-    """By the own mask, the mean over shared ones, and by the one fitted on all other uses, (3,)."""
-    before = suite_bias(use.before, seed).corrected
-    after = [suite_bias(table, seed).corrected for table in _tables(use)]
-    return _by_origin(reduction_of(before, np.array(after)))
-
-
-def _most_random(uses: list[Use], seed: int) -> float | None:
-    """The largest mean reduction by random masks, draw by draw; None without any."""
-    draws = min(len(use.random) for use in uses)
-    if not draws:
-        return None
-    by_use = []
-    for use in uses:
-        left = [suite_bias(table, seed).corrected for table in use.random[:draws]]
-        by_use.append(np.clip(reduction_of(suite_bias(use.before, seed).corrected, np.array(left)), -1, 1))
-    return float(np.mean(by_use, axis=0).max())
+def _squares(use: Use, seed: int) -> np.ndarray:
+    """B^2 before, by the own mask, the mean over shared ones, and by the one fitted on all other uses, (4,)."""
+    return _by_origin(np.array([corrected_square(table, seed) for table in _tables(use)]))
 
 
 def _replicates(use: Use, seed: int) -> np.ndarray:
-    """The same under resamples, (3, replicates), of markers alike in all uses and of scenarios in each by itself."""
-    return _by_origin(reduction_replicates(use.before, _tables(use), seed, use.markers, use.name))
+    """The same under resamples, (4, replicates), of markers alike in all uses and of scenarios in each by itself."""
+    return _by_origin(bootstrap_squares(_tables(use), seed, use.markers, use.name))
 
 
-def _by_origin(reductions: np.ndarray) -> np.ndarray:
-    clipped = np.clip(reductions, -1, 1)
-    return np.stack([clipped[0], clipped[2:].mean(axis=0), clipped[1]])
+def _by_origin(squares: np.ndarray) -> np.ndarray:
+    return np.stack([squares[0], squares[1], squares[3:].mean(axis=0), squares[2]])
+
+
+def _reduction(squares: np.ndarray, replicates: np.ndarray, which: int) -> Interval:
+    """Of B over all uses under one of the masks, 1 to 3."""
+    return compare_squares(squares[[0, which]], replicates[[0, which]]).reduction
+
+
+def _difference(squares: np.ndarray, replicates: np.ndarray) -> Interval:
+    """B under shared masks minus B under own ones, in shares of B before."""
+    before = max(float(root(squares[0])), 1e-9)
+    return Interval.of(
+        (root(squares[2]) - root(squares[1])) / before, (root(replicates[2]) - root(replicates[1])) / before
+    )
+
+
+def _most_random(uses: list[Use], seed: int) -> float | None:
+    """The largest reduction of B over all uses by random masks, draw by draw; None without any."""
+    draws = min(len(use.random) for use in uses)
+    if not draws:
+        return None
+    tables = [[use.before, *use.random[:draws]] for use in uses]
+    before, *after = root(np.mean([[corrected_square(one, seed) for one in inside] for inside in tables], axis=0))
+    return float(reduction_of(before, np.array(after)).max())
 
 
 def _percent(interval: Interval) -> str:

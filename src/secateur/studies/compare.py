@@ -379,9 +379,11 @@ def _verdict(test: Examination | None, draws: list[Comparison], limit: float) ->
         "reduction": test.comparison.reduction,
         "perplexity_increase": test.perplexity_increase,
         "control_change": None if test.control is None else test.control.change,
-        "p_value": p_value(test.comparison.change),
+        "p_value": p_value(test.comparison.fall),
         "over_limit": test.perplexity_increase.value > limit,
-        "faults": find_faults(test.comparison, test.p_before, test.perplexity_increase, draws, limit),
+        "faults": find_faults(
+            test.comparison, test.p_before, test.perplexity_increase, draws, limit, test.fall_if_closed
+        ),
     }
 
 

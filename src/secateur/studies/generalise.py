@@ -15,6 +15,7 @@ from secateur.models import LanguageModel
 from secateur.progress import Progress
 from secateur.search.methods import DEFAULT_METHOD, Method, method, methods_of
 from secateur.studies import agreement, judging, leave_one_out
+from secateur.studies import summary as summaries
 from secateur.studies.fitting import FitKey, Fitting, Remember
 from secateur.studies.judging import Judging
 from secateur.studies.leave_one_out import LeftOut, OneByOne
@@ -22,7 +23,6 @@ from secateur.studies.parts import StudySettings
 from secateur.studies.reach import Fit, GeneraliseResult
 from secateur.studies.record import Costs
 from secateur.studies.relations import MODES, PAIRED, SUITES_TO_JOIN, Mode, joint_families, joint_sources, relation
-from secateur.studies.summary import verdict_of
 from secateur.suites import Suite
 from secateur.units import UnitSpace
 from secateur.weights import AnyMask, WeightMask
@@ -187,7 +187,8 @@ def generalise(
     cells = judging.with_holm([cell for name in masks for cell in judged.judge(name)])
     names = [suite.name for suite in suites]
     agreements = [one for name, of in masks.items() for one in agreement.agreements(name, of, names, space)]
-    summary = [one for name in masks for one in judged.summary(name, [cell for cell in cells if cell.method == name])]
+    rows = [one for name in masks for one in judged.summary(name, [cell for cell in cells if cell.method == name])]
+    summary = summaries.with_holm(rows)
     advice = [one for name in masks for one in judged.advice(name)]
     singles = [
         _one_by_one(fitting, chosen, suite, settings, remembered_singles or {}, remember_singles)
@@ -199,7 +200,7 @@ def generalise(
         suites=list(suites),
         limit=settings.max_perplexity_increase,
         control_suite=settings.control_suite,
-        verdict=verdict_of(summary, compared=settings.random_draws > 0),
+        verdict=summaries.verdict_of(summary, compared=settings.random_draws > 0),
         summary=summary,
         fits=list(fitting.fits.values()),
         cells=cells,

@@ -15,6 +15,7 @@ from secateur.measures.disparity import (
     bootstrap_squares,
     compare,
     corrected_square,
+    fall_if_closed,
     holm,
     p_value,
     suite_bias,
@@ -149,6 +150,8 @@ class Judging:
             after=found.after,
             reduction=found.reduction,
             change=found.change,
+            fall=found.fall,
+            fall_if_closed=fall_if_closed(before, self._seed),
             mean_abs_smd=(raw[0].mean_abs_smd, raw[1].mean_abs_smd),
             mean_abs_gap=(raw[0].mean_abs_gap, raw[1].mean_abs_gap),
             unusable=self.unusable.get((name, source, target.name), ""),
@@ -190,6 +193,7 @@ class Judging:
             after=spread([one.after.value for one in found]),
             reduction=spread([one.reduction.value for one in found]),
             change=spread([one.change.value for one in found]),
+            fall=spread([one.fall.value for one in found]),
             mean_abs_smd=(raw[0].mean_abs_smd, float(np.mean([one.mean_abs_smd for one in raw[1:]]))),
             mean_abs_gap=(raw[0].mean_abs_gap, float(np.mean([one.mean_abs_gap for one in raw[1:]]))),
         )
@@ -350,7 +354,12 @@ def with_holm(cells: list[Cell]) -> list[Cell]:
         if cell.repaired and cell.relation != "random":
             families.setdefault((cell.method, cell.relation, cell.differs_in_one), []).append(number)
     for tested in families.values():
-        adjusted = holm(np.array([p_value(cells[number].change) for number in tested]))
-        for number, p in zip(tested, adjusted.tolist(), strict=True):
-            corrected[number] = replace(cells[number], p_holm=p)
+        found = np.array([_p_values(cells[number]) for number in tested])  # (tested, 2)
+        for number, p, p_if_closed in zip(tested, holm(found[:, 0]), holm(found[:, 1]), strict=True):
+            corrected[number] = replace(cells[number], p_holm=float(p), p_if_closed=float(p_if_closed))
     return corrected
+
+
+def _p_values(cell: Cell) -> tuple[float, float]:
+    """Of no fall under the repair, and under one that closes every gap."""
+    return p_value(cell.fall), 1.0 if cell.fall_if_closed is None else p_value(cell.fall_if_closed)

@@ -253,7 +253,7 @@ class _Run:
             scenarios=found,
             comparison=comparison,
             random_reduction=self._reduction(befores, randoms),
-            p_holm=p_value(comparison.change),
+            p_holm=p_value(comparison.fall),
         )
 
     def _one(

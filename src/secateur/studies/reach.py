@@ -16,10 +16,10 @@ from secateur.studies.advice import Advice
 from secateur.studies.candidates import CandidateRecord, Status
 from secateur.studies.leave_one_out import LeftOut
 from secateur.studies.relations import Relation
-from secateur.studies.verdict import faults_of
+from secateur.studies.verdict import CHANCE, faults_of
 from secateur.suites import Suite
 
-GENERALISE_FORMAT = "secateur-generalise-4"
+GENERALISE_FORMAT = "secateur-generalise-5"
 PLACES: dict[Relation, str] = {
     "own": "at home",
     "across": "in other domains",
@@ -29,10 +29,11 @@ PLACES: dict[Relation, str] = {
     "together": "as one repair for all uses",
     "random": "random masks",
 }
-BIASES = ("before", "after", "reduction", "change")
+BIASES = ("before", "after", "reduction", "change", "fall")
 FOREIGN_TEXT = "perplexity is of a text in another language"
 NO_REPAIR = "no repair found"
 NOT_FINITE = "answers are not finite"
+TOO_SMALL = "too few markers and scenarios to tell"
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ class Cell:
         whose wordings it has.
     p_before: permutation p-value of the bias before, on the whole test part of the target, corrected for all suites of
         the study (Holm).
-    before, after, reduction, change: of B. Of random masks, the last three are the mean with the smallest and the
-        largest draw.
+    before, after, reduction, change: of B. fall: of B^2, not cut off at 0, from which p_holm is. Of random masks, all
+        but the first are the mean with the smallest and the largest draw.
+    fall_if_closed: the fall under a repair that closed every gap here and touched nothing else; None for random masks.
     mean_abs_smd, mean_abs_gap: mean |SMD| and mean |gap| before and after, both raw: a repair that only widens the
         spread within groups lowers B and leaves the gap.
     unusable: why there is no mask to judge, in words; empty where there is one. Without one, all stays as it is.
@@ -108,7 +110,8 @@ class Cell:
     foreign_text: whether source or target are in another language than the text, so that the limit says nothing of it.
     largest_random: the largest reduction by random masks on the same scenarios and markers; None where none were
         judged, and nothing is proven.
-    p_holm: of no change, corrected for all cells that one row of the summary counts.
+    p_holm: of no change, corrected for all cells that one row of the summary counts. p_if_closed: the same if all their
+        repairs closed every gap.
     """
 
     method: str
@@ -123,14 +126,17 @@ class Cell:
     after: Interval
     reduction: Interval
     change: Interval
+    fall: Interval
     mean_abs_smd: tuple[float, float]
     mean_abs_gap: tuple[float, float]
+    fall_if_closed: Interval | None = None
     unusable: str = ""
     perplexity_increase: Interval | None = None
     over_limit: bool = False
     foreign_text: bool = False
     largest_random: float | None = None
     p_holm: float = 1.0
+    p_if_closed: float = 1.0
 
     @property
     def repaired(self) -> bool:
@@ -163,6 +169,8 @@ class Cell:
         if self.unusable:
             return [self.unusable]
         found = faults_of(self.p_before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
+        if CHANCE in found and not self.provable:
+            found[found.index(CHANCE)] = TOO_SMALL
         return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
     @property
@@ -172,25 +180,34 @@ class Cell:
         return self.relation != "random" and not self.faults
 
     @property
+    def provable(self) -> bool:
+        """Whether there was a bias, and a repair that closes every gap would be shown to lower it, all cells taken into
+        account: else nothing can be proven here, whatever a repair does."""
+        return self.bias_shown and self.repaired and self.p_if_closed < SIGNIFICANT
+
+    @property
     def rose(self) -> bool:
         """Whether the bias can be told from chance to have risen, all cells taken into account."""
-        return self.relation != "random" and self.change.low > 0 and self.p_holm < SIGNIFICANT
+        return self.relation != "random" and self.fall.high < 0 and self.p_holm < SIGNIFICANT
 
     @property
     def label(self) -> str:
         """The change in percent. A star: proven; a triangle: the bias is shown to have risen; an exclamation mark:
-        perplexity is over the limit; brackets: no bias could be told from chance before."""
+        perplexity is over the limit; brackets: no bias could be told from chance before; an equals sign: B is 0 before
+        and after."""
         if not self.repaired:
             return "none"
         signs = ("▲" if self.rose else "") + ("!" if self.over_limit else "")
-        text = f"{round(self.change_percent.value):+d}{signs}"
+        none_left = self.before.value == self.after.value == 0
+        text = f"{'=' if none_left else f'{round(self.change_percent.value):+d}'}{signs}"
         return f"{text}*" if self.proven else text if self.bias_shown else f"({text})"
 
     def as_dict(self) -> dict[str, Any]:
         """One entry of ``cells`` in ``generalise.json``."""
         faults = [] if self.relation == "random" else self.faults
         told = {"change_percent": self.change_percent.as_dict(), "interval": self.interval, "repaired": self.repaired}
-        return {**asdict(self), **told, "proven": self.proven, "rose": self.rose, "faults": faults}
+        found = {"provable": self.provable, "proven": self.proven, "rose": self.rose, "faults": faults}
+        return {**asdict(self), **told, **found}
 
 
 @dataclass(frozen=True)
@@ -203,11 +220,15 @@ class Summary:
     without_repair: pairs for whose source no repair was found, or under which answers are not finite, so that the use
         stays as it is.
     biased: pairs with a bias before that can be told from chance on the target's test part.
-    proven: of these, how many are. rose: pairs in which the bias can be told from chance to have risen.
+    provable: of these, those in which a repair that closes every gap would be shown to lower it, so that something can
+        be proven at all. proven: those that are. rose: pairs in which the bias can be told from chance to have risen.
     pooled: B before and after over all of these pairs, biased or not, as over one large suite; None without any.
+    over_limit: pairs whose mask breaks the utility limit; they are pooled as they were measured.
     interval: what its ends are: "95 %" bootstrap over markers, drawn alike in all suites, and scenarios, drawn in each
         by itself, for these pairs and masks; of random masks the smallest and the largest draw.
     perplexity_increase: median over the repairs of these pairs; None for random masks.
+    largest_random: the largest reduction of B over all uses by random masks, draw by draw; None where none were judged.
+    p_holm: of no change of B over these pairs, corrected for all rows of the study.
     """
 
     method: str
@@ -216,16 +237,29 @@ class Summary:
     set_aside: int
     without_repair: int
     biased: int
+    provable: int
     proven: int
     rose: int
+    over_limit: int
     pooled: Comparison | None
     interval: str
     perplexity_increase: float | None
+    largest_random: float | None = None
+    p_holm: float = 1.0
 
     @property
     def place(self) -> str:
         """Where the repairs were judged, in words."""
         return PLACES[self.relation]
+
+    @property
+    def lowered(self) -> bool:
+        """Whether repairs lower B over all of these pairs, all rows taken into account, by more than every random mask;
+        of what they cost this says nothing."""
+        if self.pooled is None or self.relation == "random" or self.largest_random is None:
+            return False
+        fell = self.pooled.reduction.low > 0 and self.p_holm < SIGNIFICANT
+        return fell and self.pooled.reduction.value > self.largest_random
 
 
 @dataclass(frozen=True)
@@ -309,7 +343,7 @@ class GeneraliseResult:
             "limit": self.limit,
             "control_suite": self.control_suite,
             "verdict": self.verdict,
-            "summary": [asdict(one) for one in self.summary],
+            "summary": [{**asdict(one), "lowered": one.lowered} for one in self.summary],
             "fits": [asdict(fit) for fit in self.fits],
             "cells": [cell.as_dict() for cell in self.cells],
             "agreements": [asdict(one) for one in self.agreements],
@@ -333,18 +367,19 @@ class GeneraliseResult:
     def csv(self) -> str:
         """The cells as comma-separated values, one line each."""
         text = io.StringIO()
-        intervals = ("before", "after", "reduction", "change", "change_percent", "perplexity_increase")
+        intervals = (*BIASES, "change_percent", "fall_if_closed", "perplexity_increase")
+        found = ("p_if_closed", "provable", "proven", "rose")
         columns = ["method", "source", "target", "relation", "differs", "markers", "scenarios", "p_before"]
         columns += [f"{name}_{end}" for name in intervals for end in ("value", "low", "high")]
         columns += [f"{name}_{when}" for name in ("mean_abs_smd", "mean_abs_gap") for when in ("before", "after")]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*columns, "interval", "over_limit", "random_reduction", "p_holm", "proven", "rose", "faults"])
+        writer.writerow([*columns, "interval", "over_limit", "random_reduction", "p_holm", *found, "faults"])
         for cell in self.cells:
             told = cell.as_dict()
             figures = [getattr(getattr(cell, name), end, "") for name in intervals for end in ("value", "low", "high")]
             head = (cell.method, cell.source, cell.target, cell.relation, " ".join(cell.differs))
             raw = (*cell.mean_abs_smd, *cell.mean_abs_gap)
-            tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, cell.proven, cell.rose)
+            tail = (cell.interval, cell.over_limit, cell.largest_random, cell.p_holm, *(told[name] for name in found))
             writer.writerow(
                 [*head, cell.markers, cell.scenarios, cell.p_before, *figures, *raw, *tail, "; ".join(told["faults"])]
             )
@@ -355,7 +390,8 @@ class GeneraliseResult:
         rows = []
         for one in self.summary:
             figures = {key: value for key, value in asdict(one).items() if key != "pooled"}
-            rows.append({**figures, **_ends({name: getattr(one.pooled, name, None) for name in BIASES})})
+            pooled = _ends({name: getattr(one.pooled, name, None) for name in BIASES})
+            rows.append({**figures, "lowered": one.lowered, **pooled})
         return rows
 
     def _overlap_rows(self) -> list[dict[str, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval, compare_squares
+from secateur.measures.disparity import Comparison, Interval, compare_squares, holm, p_value
 from secateur.studies.reach import PLACES, Cell, Summary
 from secateur.studies.relations import Relation
 
@@ -40,13 +40,14 @@ def summarise(
     random: B^2 before and under every random mask, by target, (1 + draws,).
     """
     rows = []
+    drawn = _of_draws(list(random.values())) if random else None
     for how in PLACES:
         judged = [cell for cell in cells if cell.relation == how]
         counted = [cell for cell in judged if cell.differs_in_one]
         if not judged:
             continue
         costs = {cell.source: cell.perplexity_increase.value for cell in counted if cell.perplexity_increase}
-        pooled = _of_draws(list(random.values())) if how == "random" else _pooled([squares[_pair(c)] for c in counted])
+        pooled = drawn if how == "random" else _pooled([squares[_pair(c)] for c in counted])
         rows.append(
             Summary(
                 method=method,
@@ -55,14 +56,31 @@ def summarise(
                 set_aside=len(judged) - len(counted),
                 without_repair=sum(not cell.repaired for cell in counted),
                 biased=sum(cell.bias_shown for cell in counted),
+                provable=sum(cell.provable for cell in counted),
                 proven=sum(cell.proven for cell in counted),
                 rose=sum(cell.rose for cell in counted),
+                over_limit=sum(cell.over_limit for cell in counted),
                 pooled=pooled,
                 interval=judged[0].interval,
                 perplexity_increase=float(np.median([*costs.values()])) if costs else None,
+                largest_random=None if drawn is None else drawn.reduction.high,
             )
         )
     return rows
+
+
+def with_holm(summaries: Sequence[Summary]) -> list[Summary]:
+    """Rows with the p-value of their pooled change, corrected for all rows of the study; random masks are no tests."""
+    tested = [
+        (number, row.pooled)
+        for number, row in enumerate(summaries)
+        if row.pooled is not None and row.relation != "random"
+    ]
+    adjusted = holm(np.array([p_value(pooled.fall) for _, pooled in tested]))
+    corrected = list(summaries)
+    for (number, _), p in zip(tested, adjusted.tolist(), strict=True):
+        corrected[number] = replace(summaries[number], p_holm=p)
+    return corrected
 
 
 def _pair(cell: Cell) -> Pair:
@@ -103,8 +121,8 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
     compared: whether random masks were judged, without which nothing is proven.
     """
     rows = [row for row in summaries if row.relation != "random"]
-    pairs, without, biased, rose = (
-        sum(getattr(row, name) for row in rows) for name in ("pairs", "without_repair", "biased", "rose")
+    pairs, without, biased, provable, rose = (
+        sum(getattr(row, name) for row in rows) for name in ("pairs", "without_repair", "biased", "provable", "rose")
     )
     if pairs == without:
         return "No repair was found that could be judged."
@@ -124,13 +142,32 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
         if any(row.biased for row in each):
             found.append(f"{place} in {sum(row.proven for row in each)} of {sum(row.biased for row in each)}")
     said = f"Of {_counted(biased)} with a bias, repairs are proven to lower it {', '.join(found)}."
+    blind = (
+        f"In {provable or 'none'} of these is there a repair, and a test part large enough to prove one that closes "
+        "every gap; more markers and scenarios to judge by would show more."
+    )
+    if provable == biased:
+        blind = ""
     missing = f"For {without} of all {pairs} pairs no repair was found." if without else ""
     worse = f"In {rose} of all {pairs} pairs the bias is shown to have risen." if rose else ""
-    return " ".join(filter(None, (said, missing, worse, _most_carried_over(rows))))
+    return " ".join(filter(None, (said, blind, missing, worse, _most_carried_over(rows), _taken_together(rows))))
 
 
 def _counted(pairs: int) -> str:
     return "one pair of a fitted and a judged use" if pairs == 1 else f"{pairs} pairs of a fitted and a judged use"
+
+
+def _taken_together(rows: Sequence[Summary]) -> str:
+    """What is shown over all pairs of a row at once, which says nothing of a single use."""
+    shown = [(row, row.pooled.reduction.as_change) for row in rows if row.lowered and row.pooled is not None]
+    if not shown:
+        return ""
+    figures = [
+        f"repairs by {row.method} lower B {row.place} ({change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
+        + (f", {row.over_limit} of {row.pairs} pairs over the utility limit)" if row.over_limit else ")")
+        for row, change in shown
+    ]
+    return f"Taken together, over all pairs of a kind, {', '.join(figures)}."
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:

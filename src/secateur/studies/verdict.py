@@ -8,7 +8,15 @@ from typing import Literal
 import numpy as np
 
 from secateur.errors import NumericalError
-from secateur.measures.disparity import SIGNIFICANT, Comparison, Interval, Table, compare, suite_p_value
+from secateur.measures.disparity import (
+    SIGNIFICANT,
+    Comparison,
+    Interval,
+    Table,
+    compare,
+    fall_if_closed,
+    suite_p_value,
+)
 from secateur.studies.parts import Parts
 from secateur.studies.record import Recorder
 from secateur.weights import AnyMask
@@ -35,6 +43,7 @@ class Examination:
     before, after: y by scenario and marker.
     comparison: the suite bias before and after. control: the same for the control suite.
     p_before: permutation p-value of the bias before.
+    fall_if_closed: of B^2 under a repair that closed every gap; where it includes no effect, nothing can be proven.
     perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text; KL where it has that.
     """
 
@@ -42,6 +51,7 @@ class Examination:
     after: Table
     comparison: Comparison
     p_before: float
+    fall_if_closed: Interval
     control: Comparison | None
     perplexity_before: float
     perplexity_after: float
@@ -68,6 +78,7 @@ def examine(parts: Parts, mask: AnyMask, seed: int, recorder: Recorder) -> Exami
         after=after,
         comparison=compare(before, after, seed),
         p_before=suite_p_value(before, seed),
+        fall_if_closed=fall_if_closed(before, seed),
         control=control,
         perplexity_before=test.perplexity(),
         perplexity_after=test.perplexity(mask),
@@ -100,14 +111,20 @@ def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder:
 
 
 def judge(
-    comparison: Comparison, p_before: float, increase: Interval, random: list[Comparison], limit: float
+    comparison: Comparison,
+    p_before: float,
+    increase: Interval,
+    random: list[Comparison],
+    limit: float,
+    if_closed: Interval | None = None,
 ) -> tuple[Verdict, str]:
     """The verdict on the test figures, and its reasons in words.
 
     Verified means: there was a bias (shuffled labels hardly ever give as much), it fell (the reduction's
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
-    reduction, faults = comparison.reduction, find_faults(comparison, p_before, increase, random, limit)
+    reduction = comparison.reduction
+    faults = find_faults(comparison, p_before, increase, random, limit, if_closed)
     baseline = "under every random mask of the same size the model gave no finite answers"
     if random:
         mean = np.mean([draw.reduction.value for draw in random])
@@ -132,7 +149,12 @@ def _change(reduction: Interval) -> str:
 
 
 def find_faults(
-    comparison: Comparison, p_before: float, increase: Interval, random: list[Comparison], limit: float
+    comparison: Comparison,
+    p_before: float,
+    increase: Interval,
+    random: list[Comparison],
+    limit: float,
+    if_closed: Interval | None = None,
 ) -> list[str]:
     """What keeps a reduction on test from being proven, in sentences with their figures.
 
@@ -140,15 +162,21 @@ def find_faults(
     ----------
     p_before: permutation p-value of the bias before.
     random: the same under random masks of the same size; none where they were not measured, which is no fault here.
+    if_closed: the fall of B^2 under a repair that closed every gap, where it is known.
     """
     before, reduction = comparison.before, comparison.reduction
     most = max((draw.reduction.value for draw in random), default=None)
     no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
+    too_small = (
+        "; so would that of a repair that closes every gap: the test part is too small to tell"
+        if if_closed is not None and if_closed.low <= 0
+        else ""
+    )
     sentences = {
         NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part (permutation "
         f"test: p = {p_before:.2g})",
         DID_NOT_FALL: no_effect,
-        CHANCE: no_effect,
+        CHANCE: no_effect + too_small,
         LIKE_RANDOM: "" if most is None else f"a random mask of the same size did as well ({most:.0%})",
         OVER_LIMIT: f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%",
     }
