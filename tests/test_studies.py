@@ -559,7 +559,7 @@ def test_a_test_part_that_could_prove_nothing_is_named(
     found: Comparison, if_closed: Interval | None, said: bool
 ) -> None:
     _, explanation = judge(found, SHOWN, CHEAP, RANDOM, 0.02, if_closed)
-    assert ("so would that of a repair that closes every gap" in explanation) == said
+    assert ("as would that of a repair that closes every gap" in explanation) == said
 
 
 def test_nothing_is_proven_beside_random_masks_that_all_destroy_the_model() -> None:
@@ -572,6 +572,11 @@ def test_nothing_is_proven_beside_random_masks_that_all_destroy_the_model() -> N
 def test_a_bias_that_grew_is_said_to_have_risen() -> None:
     _, explanation = judge(comparison(Interval(-0.2, -0.5, 0.1)), SHOWN, CHEAP, RANDOM, 0.02)
     assert "the bias rose by 20% (95 % interval of the change -10% to +50%), perplexity" in explanation
+
+
+def test_a_bias_that_is_shown_to_have_risen_is_no_lack_of_effect() -> None:
+    _, explanation = judge(comparison(Interval(-0.4, -0.6, -0.2)), SHOWN, CHEAP, RANDOM, 0.02)
+    assert "Not proven: the bias is shown to have risen; " in explanation
 
 
 def test_judge_allows_an_increase_at_the_limit() -> None:

@@ -447,12 +447,16 @@ def compare_squares(squares: np.ndarray, replicates: np.ndarray) -> Comparison:
     out as long as no root is taken.
     """
     point, roots = root(squares), root(replicates)
+    fall = Interval.of(squares[0] - squares[1], replicates[0] - replicates[1])
+    ratio = reduction_interval(float(reduction(point[0], point[1])), replicates)
+    if fall.low <= 0 <= fall.high:  # no change is believed, if not all reductions from there to the sample's own
+        ratio = Interval(ratio.value, min(ratio.low, 0.0), max(ratio.high, 0.0))
     return Comparison(
         before=Interval.of(point[0], roots[0]),
         after=Interval.of(point[1], roots[1]),
-        reduction=reduction_interval(float(reduction(point[0], point[1])), replicates),
+        reduction=ratio,
         change=Interval.of(point[1] - point[0], roots[1] - roots[0]),
-        fall=Interval.of(squares[0] - squares[1], replicates[0] - replicates[1]),
+        fall=fall,
     )
 
 
@@ -461,15 +465,15 @@ def reduction_interval(value: float, replicates: np.ndarray) -> Interval:
 
     In it are the reductions r for which the bootstrap interval of after - (1 - r)^2 before, of B^2, holds 0, as far as
     they hang together with the sample's own. A ratio of two replicates means nothing where that of the bias before is
-    about 0; these differences are as good there as anywhere. The lower end goes no further than -100 %, or than twice
-    as far down as the value.
+    about 0; these differences are as good there as anywhere. The lower end stops at -100 %, or where B after is twice
+    the sample's own: an interval that reaches that far may reach further.
 
     Parameters
     ----------
     replicates: B^2 before and after under the same resamples, (2, replicates).
     """
     share, (before, after) = 1 - value, replicates
-    shares = np.linspace(0, max(2.0, 2 * share), RATIOS)  # with 1, no change, among them
+    shares = np.linspace(0, max(2.0, 2 * share), RATIOS)
     low, high = _percentiles(after[:, None] - shares**2 * before[:, None])  # (ratios,)
     outside = np.maximum(low, -high)  # above 0 where the interval does not hold 0
     above = np.flatnonzero((outside > 0) & (shares > share))
@@ -489,7 +493,8 @@ def _crossing(x: np.ndarray, y: np.ndarray, inside: int, outside: int) -> float:
 def gaps_closed(table: Table) -> Table:
     """The table as a repair would leave it that closes every gap and touches nothing else.
 
-    Where the fall from the table to this one cannot be told from chance, that of no repair can.
+    Where the fall from the table to this one can be told from chance, the table is large enough to show a full repair.
+    Less of a repair can be easier to show, as its errors are more like those before.
     """
     y = table.y.copy()
     for group in range(table.n_groups):
@@ -499,7 +504,7 @@ def gaps_closed(table: Table) -> Table:
 
 
 def fall_if_closed(table: Table, seed: int = 0) -> Interval:
-    """The fall of B^2 under a repair that closes every gap; see :func:`gaps_closed`."""
+    """The fall of B^2 under a full repair, one that closes every gap; see :func:`gaps_closed`."""
     return compare(table, gaps_closed(table), seed).fall
 
 
@@ -509,10 +514,11 @@ def p_value(difference: Interval) -> float:
     It is below 5 % where the interval does not hold 0. Counting replicates beyond 0 could say no less than 1 in their
     number, too coarse to correct for many tests; the far side of a skewed interval says nothing of 0.
     """
-    value = difference.value
-    if value == 0:
+    value, width = difference.value, difference.high - difference.low
+    if value == 0 or not np.isfinite(width):
         return 1.0
     side = value - difference.low if value > 0 else difference.high - value
+    side = side if side > 0 else width / 2  # a skewed interval may leave the figure itself out
     return float(2 * norm.sf(-norm.ppf((1 - LEVEL) / 2) * abs(value) / side)) if side > 0 else 0.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
@@ -105,6 +105,9 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
             f"There is a bias on the test part of {names}, but no repair from elsewhere was judged there; ask for the "
             "mode across or joint, with suites of the same attribute.",
         )
+    if not any(table is not None for use in judged for table in (use.own, *use.shared)):
+        names = ", ".join(use.name for use in judged)
+        return Advice(method, family, "leave as it is", f"No repair that may be used was found for or around {names}.")
     squares = np.mean([_squares(use, seed) for use in judged], axis=0)  # (4,)
     drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (4, replicates)
     own, shared, unseen = (_reduction(squares, drawn, which) for which in (1, 2, 3))
@@ -118,9 +121,9 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
         choice, reason = ("not decided", doubt) if doubt else (choice, reason)
     where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
-        f"On {where} with a bias to repair, a repair of its own lowers it by {_percent(own)}, "
-        f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_percent(shared)}; the difference is "
-        f"{_percent(difference)}. "
+        f"On {where} with a bias to repair, a repair of its own changes it by {_change(own)}, "
+        f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_change(shared)}; its own lowers it by "
+        f"{_percent(difference)} more. "
         + ("" if most_random is None else f"Random masks of their size lower it by at most {most_random:.0%}.")
     ).strip()
     more = _of_one_for_all(plan, choice, unseen) if plan else _what_is_shared(method, judged)
@@ -176,7 +179,7 @@ def _doubt(reduction: Interval, most_random: float | None, foreign_text: bool) -
 def _of_one_for_all(plan: str, choice: Choice, unseen: Interval) -> str:
     """Where the one repair for all is, and what to expect of it elsewhere."""
     where = f" The one repair for all is plans/{plan} of the run." if choice == "one repair for all" else ""
-    estimate = f"what repairs for all other uses together do is the estimate: {_percent(unseen)}"
+    estimate = f"what repairs for all other uses together do is the estimate: {_change(unseen)}"
     return f"For a use not yet seen, {estimate}.{where}"
 
 
@@ -231,6 +234,11 @@ def _most_random(uses: list[Use], seed: int) -> float | None:
     tables = [[use.before, *use.random[:draws]] for use in uses]
     before, *after = root(np.mean([[corrected_square(one, seed) for one in inside] for inside in tables], axis=0))
     return float(reduction_of(before, np.array(after)).max())
+
+
+def _change(reduction: Interval) -> str:
+    value, low, high = (round(number) for number in astuple(reduction.as_change))
+    return f"{value:+d}% [{low:+d}%, {high:+d}%]"
 
 
 def _percent(interval: Interval) -> str:

@@ -254,9 +254,11 @@ class Judging:
             afters = [_cut(self.after[name, cell.source, target], rows, keep) for cell in inside]
             markers = self._marker_names(targets[target], keep)
             values = np.array([corrected_square(table, self._seed) for table in (before, *afters)])
+            draws = [_cut(after, rows, keep) for after in self.random[name, target]]
+            random = np.array([corrected_square(after, self._seed) for after in draws])
             drawn = bootstrap_squares([before, *afters], self._seed, markers, target)
             for row, cell in enumerate(inside, start=1):
-                found[cell.source, target] = Squares(values[[0, row]], drawn[[0, row]])
+                found[cell.source, target] = Squares(values[[0, row]], drawn[[0, row]], random)
         return found
 
     def selections(self, names: Sequence[str]) -> list[StateSelections]:

@@ -33,7 +33,7 @@ BIASES = ("before", "after", "reduction", "change", "fall")
 FOREIGN_TEXT = "perplexity is of a text in another language"
 NO_REPAIR = "no repair found"
 NOT_FINITE = "answers are not finite"
-TOO_SMALL = "too few markers and scenarios to tell"
+TOO_SMALL = "may be chance, as a full repair might"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Cell:
         if self.unusable:
             return [self.unusable]
         found = faults_of(self.p_before, self.reduction, self.largest_random, self.over_limit, self.p_holm)
-        if CHANCE in found and not self.provable:
+        if CHANCE in found and self.p_if_closed >= SIGNIFICANT:
             found[found.index(CHANCE)] = TOO_SMALL
         return [*found, FOREIGN_TEXT] if self.foreign_text else found
 
@@ -181,14 +181,15 @@ class Cell:
 
     @property
     def provable(self) -> bool:
-        """Whether there was a bias, and a repair that closes every gap would be shown to lower it, all cells taken into
-        account: else nothing can be proven here, whatever a repair does."""
-        return self.bias_shown and self.repaired and self.p_if_closed < SIGNIFICANT
+        """Whether there was a bias, and a full repair, one that closes every gap, would be shown to lower it, all cells
+        taken into account. A pair that is proven is provable."""
+        return self.proven or (self.bias_shown and self.repaired and self.p_if_closed < SIGNIFICANT)
 
     @property
     def rose(self) -> bool:
         """Whether the bias can be told from chance to have risen, all cells taken into account."""
-        return self.relation != "random" and self.fall.high < 0 and self.p_holm < SIGNIFICANT
+        grown = self.fall.high < 0 and self.after.value > self.before.value
+        return self.relation != "random" and grown and self.p_holm < SIGNIFICANT
 
     @property
     def label(self) -> str:
@@ -220,14 +221,18 @@ class Summary:
     without_repair: pairs for whose source no repair was found, or under which answers are not finite, so that the use
         stays as it is.
     biased: pairs with a bias before that can be told from chance on the target's test part.
-    provable: of these, those in which a repair that closes every gap would be shown to lower it, so that something can
-        be proven at all. proven: those that are. rose: pairs in which the bias can be told from chance to have risen.
+    provable: of these, those in which a full repair, one that closes every gap, would be shown to lower it. too_small:
+        those with a repair in which it would not.
+    proven: of the biased pairs, those in which the repair is. rose: pairs in which the bias can be told from chance to
+        have risen.
     pooled: B before and after over all of these pairs, biased or not, as over one large suite; None without any.
     over_limit: pairs whose mask breaks the utility limit; they are pooled as they were measured.
     interval: what its ends are: "95 %" bootstrap over markers, drawn alike in all suites, and scenarios, drawn in each
         by itself, for these pairs and masks; of random masks the smallest and the largest draw.
     perplexity_increase: median over the repairs of these pairs; None for random masks.
-    largest_random: the largest reduction of B over all uses by random masks, draw by draw; None where none were judged.
+    largest_random: the largest reduction of B over the same pairs by random masks, draw by draw; None where none were
+        judged, or a use has none under which answers are finite.
+    foreign_text: whether some pair is of another language than the text, so that what its repair costs is not known.
     p_holm: of no change of B over these pairs, corrected for all rows of the study.
     """
 
@@ -238,6 +243,7 @@ class Summary:
     without_repair: int
     biased: int
     provable: int
+    too_small: int
     proven: int
     rose: int
     over_limit: int
@@ -245,6 +251,7 @@ class Summary:
     interval: str
     perplexity_increase: float | None
     largest_random: float | None = None
+    foreign_text: bool = False
     p_holm: float = 1.0
 
     @property
@@ -254,9 +261,9 @@ class Summary:
 
     @property
     def lowered(self) -> bool:
-        """Whether repairs lower B over all of these pairs, all rows taken into account, by more than every random mask;
-        of what they cost this says nothing."""
-        if self.pooled is None or self.relation == "random" or self.largest_random is None:
+        """Whether repairs lower B over all of these pairs, all rows taken into account, by more than every random mask,
+        on a text of their language. Masks over the limit count; see ``over_limit``."""
+        if self.pooled is None or self.relation == "random" or self.largest_random is None or self.foreign_text:
             return False
         fell = self.pooled.reduction.low > 0 and self.p_holm < SIGNIFICANT
         return fell and self.pooled.reduction.value > self.largest_random

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval, compare_squares, holm, p_value
+from secateur.measures.disparity import Comparison, Interval, compare_squares, holm, p_value, reduction, root
 from secateur.studies.reach import PLACES, Cell, Summary
 from secateur.studies.relations import Relation
 
@@ -23,10 +23,12 @@ class Squares:
     Attributes
     ----------
     value: before and after, (2,). replicates: the same under resamples that pairs share, (2, replicates).
+    random: under random masks, (draws,).
     """
 
     value: np.ndarray
     replicates: np.ndarray
+    random: np.ndarray
 
 
 def summarise(
@@ -40,14 +42,13 @@ def summarise(
     random: B^2 before and under every random mask, by target, (1 + draws,).
     """
     rows = []
-    drawn = _of_draws(list(random.values())) if random else None
     for how in PLACES:
         judged = [cell for cell in cells if cell.relation == how]
         counted = [cell for cell in judged if cell.differs_in_one]
         if not judged:
             continue
         costs = {cell.source: cell.perplexity_increase.value for cell in counted if cell.perplexity_increase}
-        pooled = drawn if how == "random" else _pooled([squares[_pair(c)] for c in counted])
+        pooled = _of_draws(list(random.values())) if how == "random" else _pooled([squares[_pair(c)] for c in counted])
         rows.append(
             Summary(
                 method=method,
@@ -57,13 +58,15 @@ def summarise(
                 without_repair=sum(not cell.repaired for cell in counted),
                 biased=sum(cell.bias_shown for cell in counted),
                 provable=sum(cell.provable for cell in counted),
+                too_small=sum(cell.bias_shown and cell.repaired and not cell.provable for cell in counted),
                 proven=sum(cell.proven for cell in counted),
                 rose=sum(cell.rose for cell in counted),
                 over_limit=sum(cell.over_limit for cell in counted),
                 pooled=pooled,
                 interval=judged[0].interval,
                 perplexity_increase=float(np.median([*costs.values()])) if costs else None,
-                largest_random=None if drawn is None else drawn.reduction.high,
+                largest_random=None if how == "random" else _largest_random([squares[_pair(c)] for c in counted]),
+                foreign_text=any(cell.foreign_text for cell in counted),
             )
         )
     return rows
@@ -95,6 +98,15 @@ def _pooled(pairs: list[Squares]) -> Comparison | None:
     return compare_squares(value, replicates)
 
 
+def _largest_random(pairs: list[Squares]) -> float | None:
+    """The largest reduction of B over several pairs by random masks, draw by draw; None where a pair has no draw."""
+    draws = min((len(pair.random) for pair in pairs), default=0)
+    if not draws:
+        return None
+    before = root(np.mean([pair.value[0] for pair in pairs]))
+    return float(reduction(before, root(np.mean([pair.random[:draws] for pair in pairs], axis=0))).max())
+
+
 def _of_draws(targets: list[np.ndarray]) -> Comparison:
     """The same under every random mask: the mean, with the smallest and the largest draw in place of an interval.
 
@@ -121,8 +133,8 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
     compared: whether random masks were judged, without which nothing is proven.
     """
     rows = [row for row in summaries if row.relation != "random"]
-    pairs, without, biased, provable, rose = (
-        sum(getattr(row, name) for row in rows) for name in ("pairs", "without_repair", "biased", "provable", "rose")
+    pairs, without, biased, rose = (
+        sum(getattr(row, name) for row in rows) for name in ("pairs", "without_repair", "biased", "rose")
     )
     if pairs == without:
         return "No repair was found that could be judged."
@@ -142,12 +154,13 @@ def verdict_of(summaries: Sequence[Summary], compared: bool) -> str:
         if any(row.biased for row in each):
             found.append(f"{place} in {sum(row.proven for row in each)} of {sum(row.biased for row in each)}")
     said = f"Of {_counted(biased)} with a bias, repairs are proven to lower it {', '.join(found)}."
+    small = sum(row.too_small for row in rows)
     blind = (
-        f"In {provable or 'none'} of these is there a repair, and a test part large enough to prove one that closes "
-        "every gap; more markers and scenarios to judge by would show more."
+        f"In {small} of these the test part is so small that even a repair which closes every gap would not be shown "
+        "to lower the bias; more markers and scenarios to judge by would tell more."
+        if small
+        else ""
     )
-    if provable == biased:
-        blind = ""
     missing = f"For {without} of all {pairs} pairs no repair was found." if without else ""
     worse = f"In {rose} of all {pairs} pairs the bias is shown to have risen." if rose else ""
     return " ".join(filter(None, (said, blind, missing, worse, _most_carried_over(rows), _taken_together(rows))))
@@ -163,11 +176,12 @@ def _taken_together(rows: Sequence[Summary]) -> str:
     if not shown:
         return ""
     figures = [
-        f"repairs by {row.method} lower B {row.place} ({change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
+        f"repairs by {row.method} lower the bias {row.place} "
+        f"({change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
         + (f", {row.over_limit} of {row.pairs} pairs over the utility limit)" if row.over_limit else ")")
         for row, change in shown
     ]
-    return f"Taken together, over all pairs of a kind, {', '.join(figures)}."
+    return f"That is about single uses; over all pairs of a kind together, {', '.join(figures)}."
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:

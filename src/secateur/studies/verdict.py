@@ -43,7 +43,7 @@ class Examination:
     before, after: y by scenario and marker.
     comparison: the suite bias before and after. control: the same for the control suite.
     p_before: permutation p-value of the bias before.
-    fall_if_closed: of B^2 under a repair that closed every gap; where it includes no effect, nothing can be proven.
+    fall_if_closed: of B^2 under a full repair, one that closes every gap.
     perplexity_before, perplexity_after, perplexity_increase, kl: on the test part of the text; KL where it has that.
     """
 
@@ -168,14 +168,14 @@ def find_faults(
     most = max((draw.reduction.value for draw in random), default=None)
     no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
     too_small = (
-        "; so would that of a repair that closes every gap: the test part is too small to tell"
+        ", as would that of a repair that closes every gap: the test part is too small to rely on"
         if if_closed is not None and if_closed.low <= 0
         else ""
     )
     sentences = {
         NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part (permutation "
         f"test: p = {p_before:.2g})",
-        DID_NOT_FALL: no_effect,
+        DID_NOT_FALL: no_effect if reduction.high >= 0 else "the bias is shown to have risen",
         CHANCE: no_effect + too_small,
         LIKE_RANDOM: "" if most is None else f"a random mask of the same size did as well ({most:.0%})",
         OVER_LIMIT: f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%",
