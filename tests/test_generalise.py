@@ -798,7 +798,7 @@ def test_repairs_that_random_masks_or_another_text_leave_open_are_not_advised(
     if len(changes.get("random", ())) == 2:  # the best of the draws
         assert advice.most_random is not None
         assert advice.most_random > 0.9
-        assert f"Random masks of their size lower it by at most {advice.most_random:.0%}" in advice.explanation
+        assert f"Random masks of their size change it by {0 - advice.most_random:+.0%} at best" in advice.explanation
 
 
 def test_a_repair_that_is_not_there_leaves_a_use_as_it_is_wherever_it_comes_from() -> None:

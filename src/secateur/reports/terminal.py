@@ -438,7 +438,7 @@ def generalise_lines(result: GeneraliseResult) -> list[str]:
         result.verdict,
         "* proven after Holm's correction, by more than under random masks, within the utility limit; ▲ shown to have "
         "risen; ! perplexity over the limit; none: no repair found; in brackets: no bias could be told from chance "
-        "before; = B is 0 before and after. Provable: a repair that closes every gap would be shown to. "
+        "before; = B is 0 before and after. Provable: a repair that closes every gap would be shown to lower it. "
         "* at a change over all pairs of a kind: shown for these together, and more than under any random mask. "
         "Intervals and reasons are in the report.",
     ]

@@ -124,7 +124,7 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
         f"On {where} with a bias to repair, a repair of its own changes it by {_change(own)}, "
         f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_change(shared)}; its own lowers it by "
         f"{_percent(difference)} more. "
-        + ("" if most_random is None else f"Random masks of their size lower it by at most {most_random:.0%}.")
+        + ("" if most_random is None else f"Random masks of their size change it by {0 - most_random:+.0%} at best.")
     ).strip()
     more = _of_one_for_all(plan, choice, unseen) if plan else _what_is_shared(method, judged)
     return Advice(
