@@ -1117,8 +1117,10 @@ def test_the_verdict_says_what_is_shown_over_all_pairs() -> None:
     shown = row(1.0, 0.5, p_holm=0.01, over_limit=2)
     assert verdict_of([shown], compared=True).endswith(
         "That is about single uses; over all pairs of a kind together, repairs by attribution lower the bias in other "
-        "domains (-30% [-50%, -10%], 2 of 9 pairs over the utility limit)."
+        "domains (-30% [-50%, -10%]; 2 of 9 pairs over the utility limit)."
     )
+    both = verdict_of([replace(shown, relation="own", over_limit=0), replace(shown, over_limit=0)], compared=True)
+    assert "lower the bias at home (-30% [-50%, -10%]) and in other domains (-30% [-50%, -10%])." in both
     assert "together" not in verdict_of([replace(shown, p_holm=0.2)], compared=True)
 
 

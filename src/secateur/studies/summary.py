@@ -172,16 +172,17 @@ def _counted(pairs: int) -> str:
 
 def _taken_together(rows: Sequence[Summary]) -> str:
     """What is shown over all pairs of a row at once, which says nothing of a single use."""
-    shown = [(row, row.pooled.reduction.as_change) for row in rows if row.lowered and row.pooled is not None]
+    shown = dict[str, list[str]]()
+    for row in rows:
+        if row.lowered and row.pooled is not None:
+            change = row.pooled.reduction.as_change
+            cost = f"; {row.over_limit} of {row.pairs} pairs over the utility limit" if row.over_limit else ""
+            figures = f"{change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]{cost}"
+            shown.setdefault(row.method, []).append(f"{row.place} ({figures})")
     if not shown:
         return ""
-    figures = [
-        f"repairs by {row.method} lower the bias {row.place} "
-        f"({change.value:+.0f}% [{change.low:+.0f}%, {change.high:+.0f}%]"
-        + (f", {row.over_limit} of {row.pairs} pairs over the utility limit)" if row.over_limit else ")")
-        for row, change in shown
-    ]
-    return f"That is about single uses; over all pairs of a kind together, {', '.join(figures)}."
+    said = [f"repairs by {name} lower the bias {' and '.join(places)}" for name, places in shown.items()]
+    return f"That is about single uses; over all pairs of a kind together, {', '.join(said)}."
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:
