@@ -68,7 +68,7 @@ METHODS_ASKED = ("methods", "options")
 CARRYING_ON = "Carrying on an interrupted run; what it has measured is not measured again"
 UNREADABLE = "in a form that this version of Secateur cannot carry on: name another directory, or add --overwrite."
 Left = TypeVar("Left")
-STATE_FORMAT = 1  # of what an interrupted run leaves; another number for other fields or meanings
+STATE_FORMAT = 2  # of what an interrupted run leaves; another number for other fields or meanings
 COST_EVERY = 10.0  # seconds between two notes of what a run has cost: a kill loses no more of it
 
 
