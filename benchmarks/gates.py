@@ -23,7 +23,7 @@ from secateur.measures.disparity import suite_bias
 from secateur.models import LanguageModel
 from secateur.scoring.gates import Course
 from secateur.search.base import Problem, Proposals, Selection
-from secateur.search.methods import method
+from secateur.search.methods import method, parse_options
 from secateur.studies.candidates import Candidates
 from secateur.studies.parts import Parts, StudySettings
 from secateur.studies.record import Recorder
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    told = dict(pair.split("=", 1) for pair in options.set)
+    told = parse_options(options.set)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         print(f"{options.suite}, seed {seed}", flush=True)
         compare(options.suite, seed, told)

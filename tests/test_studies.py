@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.evaluation import Evaluator
 from secateur.evaluation.evaluator import Measurement
-from secateur.measures.disparity import Comparison, Interval, group_means
+from secateur.measures.disparity import Comparison, Interval, Table, group_means
 from secateur.measures.prompts import Prompt, PromptSet
 from secateur.reports.distributions import distributions
 from secateur.reports.html import render_audit
@@ -31,7 +31,8 @@ from secateur.studies.audit import SampledCheck
 from secateur.studies.candidates import CandidateRecord, Candidates, why_nothing
 from secateur.studies.parts import Parts, fold_number, folds
 from secateur.studies.repair import RepairSettings
-from secateur.studies.verdict import judge
+from secateur.studies.verdict import Examination
+from secateur.studies.verdict import judge as verdict_on
 from secateur.suites import load_suite
 
 PASSING, FAILING = 2, 3  # seeds of tiny models: a repair of the small suite finds something, or nothing
@@ -496,6 +497,22 @@ def comparison(reduction: Interval, before: Interval | None = None) -> Compariso
     after = Interval(before.value * (1 - reduction.value), 0.1, 0.9)
     fall = Interval(before.value**2 - after.value**2, -0.1 if reduction.low <= 0 else 0.1, 1.4)
     return Comparison(before, after, reduction, Interval(after.value - before.value, -0.9, 0.1), fall)
+
+
+def judge(
+    found: Comparison,
+    p_before: float,
+    increase: Interval,
+    random: list[Comparison],
+    limit: float,
+    if_closed: Interval | None = None,
+) -> tuple[str, str]:
+    """The verdict on an examination that found this."""
+    table = Table(np.zeros((1, 4)), np.array([0, 0, 1, 1]))
+    shown = if_closed or Interval(1.0, 0.5, 1.5)
+    return verdict_on(
+        Examination(table, table, found, p_before, shown, None, 20.0, 20.2, increase, None), random, limit
+    )
 
 
 GOOD = comparison(Interval(0.6, 0.3, 0.8))

@@ -508,6 +508,23 @@ def fall_if_closed(table: Table, seed: int = 0) -> Interval:
     return compare(table, gaps_closed(table), seed).fall
 
 
+def by_draw(suites: Sequence[np.ndarray]) -> np.ndarray:
+    """B^2 over several suites before and under every mask that was drawn for them, (1 + draws,).
+
+    Parameters
+    ----------
+    suites: the same of each, (1 + draws,). Draws that left no finite answers are missing; so many count as all have.
+    """
+    fewest = min(map(len, suites))
+    return np.asarray(np.mean([one[:fewest] for one in suites], axis=0))
+
+
+def largest_reduction(squares: np.ndarray) -> float | None:
+    """The largest reduction of B by several masks, None without any, from B^2 before and under each, (1 + masks,)."""
+    before, *after = root(squares)
+    return float(reduction(before, np.array(after)).max()) if after else None
+
+
 def p_value(difference: Interval) -> float:
     """Two-sided p-value of no difference, by the normal approximation of the side of its interval towards 0.
 

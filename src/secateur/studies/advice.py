@@ -12,11 +12,12 @@ from secateur.measures.disparity import (
     Interval,
     Table,
     bootstrap_squares,
+    by_draw,
     compare_squares,
     corrected_square,
+    largest_reduction,
     root,
 )
-from secateur.measures.disparity import reduction as reduction_of
 
 Choice = Literal["one repair per use", "one repair for all", "repairs can be shared", "leave as it is", "not decided"]
 # A shared repair that loses less than this to the use's own is worth its simplicity.
@@ -228,12 +229,8 @@ def _difference(squares: np.ndarray, replicates: np.ndarray) -> Interval:
 
 def _most_random(uses: list[Use], seed: int) -> float | None:
     """The largest reduction of B over all uses by random masks, draw by draw; None without any."""
-    draws = min(len(use.random) for use in uses)
-    if not draws:
-        return None
-    tables = [[use.before, *use.random[:draws]] for use in uses]
-    before, *after = root(np.mean([[corrected_square(one, seed) for one in inside] for inside in tables], axis=0))
-    return float(reduction_of(before, np.array(after)).max())
+    squares = [np.array([corrected_square(table, seed) for table in (use.before, *use.random)]) for use in uses]
+    return largest_reduction(by_draw(squares))
 
 
 def _change(reduction: Interval) -> str:

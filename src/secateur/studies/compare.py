@@ -381,9 +381,7 @@ def _verdict(test: Examination | None, draws: list[Comparison], limit: float) ->
         "control_change": None if test.control is None else test.control.change,
         "p_value": p_value(test.comparison.fall),
         "over_limit": test.perplexity_increase.value > limit,
-        "faults": find_faults(
-            test.comparison, test.p_before, test.perplexity_increase, draws, limit, test.fall_if_closed
-        ),
+        "faults": find_faults(test, draws, limit),
     }
 
 

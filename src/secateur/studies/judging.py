@@ -17,11 +17,11 @@ from secateur.measures.disparity import (
     corrected_square,
     fall_if_closed,
     holm,
+    largest_reduction,
     p_value,
     suite_bias,
     suite_p_value,
 )
-from secateur.measures.disparity import reduction as reduction_of
 from secateur.measures.selection import StateSelections, selections
 from secateur.measures.splits import NOTHING_SEEN
 from secateur.studies.advice import Advice, Use, advise
@@ -168,8 +168,7 @@ class Judging:
 
     def _largest_reduction(self, before: Table, afters: list[Table]) -> float | None:
         """The largest reduction of B under several masks; None without any."""
-        left = [suite_bias(after, self._seed).corrected for after in afters]
-        return float(reduction_of(suite_bias(before, self._seed).corrected, min(left))) if left else None
+        return largest_reduction(np.array([corrected_square(table, self._seed) for table in (before, *afters)]))
 
     def _random_cell(self, name: str, target: Suite, tables: list[Table]) -> Cell:
         """Mean over random masks on the whole test part, with the smallest and the largest in place of an interval."""

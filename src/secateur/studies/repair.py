@@ -265,14 +265,7 @@ def repair(
         return result(NOT_VERIFIED, why_nothing(candidates.records, settings.max_perplexity_increase))
     found = examine(parts, mask, settings.seed, recorder)
     random = examine_random(parts, mask, settings.random_draws, settings.seed, recorder)
-    verdict, explanation = judge(
-        found.comparison,
-        found.p_before,
-        found.perplexity_increase,
-        random,
-        settings.max_perplexity_increase,
-        found.fall_if_closed,
-    )
+    verdict, explanation = judge(found, random, settings.max_perplexity_increase)
     verification, asked = _verification(model, suite, mask, settings, recorder), thinned(suite, settings.max_scenarios)
     return result(
         verdict,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from secateur.measures.disparity import Comparison, Interval, compare_squares, holm, p_value, reduction, root
+from secateur.measures.disparity import Comparison, Interval, by_draw, compare_squares, holm, largest_reduction, p_value
 from secateur.studies.reach import PLACES, Cell, Summary
 from secateur.studies.relations import Relation
 
@@ -100,11 +100,7 @@ def _pooled(pairs: list[Squares]) -> Comparison | None:
 
 def _largest_random(pairs: list[Squares]) -> float | None:
     """The largest reduction of B over several pairs by random masks, draw by draw; None where a pair has no draw."""
-    draws = min((len(pair.random) for pair in pairs), default=0)
-    if not draws:
-        return None
-    before = root(np.mean([pair.value[0] for pair in pairs]))
-    return float(reduction(before, root(np.mean([pair.random[:draws] for pair in pairs], axis=0))).max())
+    return largest_reduction(by_draw([np.append(pair.value[0], pair.random) for pair in pairs])) if pairs else None
 
 
 def _of_draws(targets: list[np.ndarray]) -> Comparison:
@@ -114,8 +110,7 @@ def _of_draws(targets: list[np.ndarray]) -> Comparison:
     ----------
     targets: each (1 + draws,); fewer draws where answers under one are not finite.
     """
-    least = min(map(len, targets))
-    before, *draws = np.mean([one[:least] for one in targets], axis=0)
+    before, *draws = by_draw(targets)
     found = [compare_squares(np.array([before, one]), np.full((2, 1), np.nan)) for one in draws]
 
     def spread(name: str) -> Interval:

@@ -110,21 +110,14 @@ def examine_random(parts: Parts, mask: AnyMask, draws: int, seed: int, recorder:
     return comparisons
 
 
-def judge(
-    comparison: Comparison,
-    p_before: float,
-    increase: Interval,
-    random: list[Comparison],
-    limit: float,
-    if_closed: Interval | None = None,
-) -> tuple[Verdict, str]:
+def judge(found: Examination, random: list[Comparison], limit: float) -> tuple[Verdict, str]:
     """The verdict on the test figures, and its reasons in words.
 
     Verified means: there was a bias (shuffled labels hardly ever give as much), it fell (the reduction's
     lower end is above 0), by more than under every random mask, and perplexity kept to the limit.
     """
-    reduction = comparison.reduction
-    faults = find_faults(comparison, p_before, increase, random, limit, if_closed)
+    reduction, increase = found.comparison.reduction, found.perplexity_increase
+    faults = find_faults(found, random, limit)
     baseline = "under every random mask of the same size the model gave no finite answers"
     if random:
         mean = np.mean([draw.reduction.value for draw in random])
@@ -148,40 +141,31 @@ def _change(reduction: Interval) -> str:
     )
 
 
-def find_faults(
-    comparison: Comparison,
-    p_before: float,
-    increase: Interval,
-    random: list[Comparison],
-    limit: float,
-    if_closed: Interval | None = None,
-) -> list[str]:
+def find_faults(found: Examination, random: list[Comparison], limit: float) -> list[str]:
     """What keeps a reduction on test from being proven, in sentences with their figures.
 
     Parameters
     ----------
-    p_before: permutation p-value of the bias before.
     random: the same under random masks of the same size; none where they were not measured, which is no fault here.
-    if_closed: the fall of B^2 under a repair that closed every gap, where it is known.
     """
-    before, reduction = comparison.before, comparison.reduction
+    before, reduction, increase = found.comparison.before, found.comparison.reduction, found.perplexity_increase
     most = max((draw.reduction.value for draw in random), default=None)
     no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
     too_small = (
         ", as would that of a repair that closes every gap: the test part is too small to rely on"
-        if if_closed is not None and if_closed.low <= 0
+        if found.fall_if_closed.low <= 0
         else ""
     )
     sentences = {
         NO_BIAS: f"the bias before the repair ({before}) cannot be told from chance on the test part (permutation "
-        f"test: p = {p_before:.2g})",
+        f"test: p = {found.p_before:.2g})",
         DID_NOT_FALL: no_effect if reduction.high >= 0 else "the bias is shown to have risen",
         CHANCE: no_effect + too_small,
         LIKE_RANDOM: "" if most is None else f"a random mask of the same size did as well ({most:.0%})",
         OVER_LIMIT: f"perplexity rose by {increase.value:.2%}, above the limit of {100 * limit:.3g}%",
     }
-    found = faults_of(p_before, reduction, most, increase.value > limit)
-    return [sentences[fault] for fault in found if fault != NO_RANDOM]
+    faults = faults_of(found.p_before, reduction, most, increase.value > limit)
+    return [sentences[fault] for fault in faults if fault != NO_RANDOM]
 
 
 def faults_of(
