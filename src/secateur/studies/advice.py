@@ -108,7 +108,12 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
         )
     if not any(table is not None for use in judged for table in (use.own, *use.shared)):
         names = ", ".join(use.name for use in judged)
-        return Advice(method, family, "leave as it is", f"No repair that may be used was found for or around {names}.")
+        return Advice(
+            method,
+            family,
+            "leave as it is",
+            f"No usable repair was found for {names}, nor one fitted elsewhere that could be used there.",
+        )
     squares = np.mean([_squares(use, seed) for use in judged], axis=0)  # (4,)
     drawn = np.mean([_replicates(use, seed) for use in judged], axis=0)  # (4, replicates)
     own, shared, unseen = (_reduction(squares, drawn, which) for which in (1, 2, 3))
@@ -123,9 +128,9 @@ def advise(method: str, family: str, uses: list[Use], seed: int = 0) -> Advice:
     where = "one use" if len(judged) == 1 else f"{len(judged)} uses"
     figures = (
         f"On {where} with a bias to repair, a repair of its own changes it by {_change(own)}, "
-        f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_change(shared)}; its own lowers it by "
-        f"{_percent(difference)} more. "
-        + ("" if most_random is None else f"Random masks of their size change it by {0 - most_random:+.0%} at best.")
+        f"{'the one repair for all' if plan else 'one fitted elsewhere'} by {_change(shared)}; own less shared, "
+        f"reduction for reduction, is {_percent(difference)}. "
+        + ("" if most_random is None else f"The best random mask of their size changes it by {0 - most_random:+.0%}.")
     ).strip()
     more = _of_one_for_all(plan, choice, unseen) if plan else _what_is_shared(method, judged)
     return Advice(

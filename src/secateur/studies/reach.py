@@ -33,7 +33,7 @@ BIASES = ("before", "after", "reduction", "change", "fall")
 FOREIGN_TEXT = "perplexity is of a text in another language"
 NO_REPAIR = "no repair found"
 NOT_FINITE = "answers are not finite"
-TOO_SMALL = "may be chance, as a full repair might"
+TOO_SMALL = "may be chance (the test part is too small to show even a full repair)"
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _taken_together(rows: Sequence[Summary]) -> str:
     if not shown:
         return ""
     said = [f"repairs by {name} lower the bias {' and '.join(places)}" for name, places in shown.items()]
-    return f"That is about single uses; over all pairs of a kind together, {', '.join(said)}."
+    return f"The counts are of single uses; over all pairs of a kind together, {', '.join(said)}."
 
 
 def _most_carried_over(rows: Sequence[Summary]) -> str:

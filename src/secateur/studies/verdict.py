@@ -152,7 +152,8 @@ def find_faults(found: Examination, random: list[Comparison], limit: float) -> l
     most = max((draw.reduction.value for draw in random), default=None)
     no_effect = f"the interval of the reduction ({reduction.low:.0%} to {reduction.high:.0%}) includes no effect"
     too_small = (
-        ", as would that of a repair that closes every gap: the test part is too small to rely on"
+        ", as would that of a repair that closes every gap: the test part is too small; judge by more markers or "
+        "scenarios"
         if found.fall_if_closed.low <= 0
         else ""
     )
